@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,22 +54,31 @@ class CausalLM(Task):
 
     def encode(self, row: dict[str, Any]) -> Example | None:
         """Render and tokenise a row; labels are the answer tokens, the prompt is masked."""
-        if not (row["text"] if "text" in row else first_turn(row)[1]).strip():
+        if "text" not in row:
+            turn = first_turn(row)
+            return self.encode_turn(turn, *self.render(*turn)) if turn[1].strip() else None
+        if not row["text"].strip():
             return None
-        if "text" in row:
-            prompt, answer = "", row["text"] + self._end()
-            start = self.tokenizer("", add_special_tokens=True)["input_ids"]
-            start = [token for token in start if token != self.tokenizer.eos_token_id]
-        else:
-            prompt, answer = self.render(*first_turn(row))
-            start = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        start = self.tokenizer("", add_special_tokens=True)["input_ids"]
+        start = [token for token in start if token != self.tokenizer.eos_token_id]
+        return self._example(start, row["text"] + self._end(), {}, row["text"] + self._end())
+
+    def encode_turn(self, turn: tuple[str, str], asked: str, answer: str) -> Example | None:
+        """An example of the question and answer `turn`, put to the model as the texts `asked` and `answer`.
+
+        None if no room is left for the answer. The plain turn stays with it, to be asked in other ways.
+        """
+        start = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
+        return self._example(start, answer, {"turn": turn}, asked)
+
+    def _example(self, start: list[int], answer: str, extra: dict[str, Any], key: str) -> Example | None:
         ids = start + self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         labels = [IGNORED] * len(start) + ids[len(start) :]
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         targets = sum(label != IGNORED for label in labels[1:])  # the first token has no predecessor
         if targets == 0:
             return None
-        return Example(key_of(prompt or answer), {"input_ids": ids, "prompt": len(start)}, labels, targets)
+        return Example(key_of(key), {"input_ids": ids, "prompt": len(start), **extra}, labels, targets)
 
     def render(self, prompt: str, completion: str) -> tuple[str, str]:
         """Return the prompt text as the model sees it and the answer text that follows it, with its end token.
@@ -142,14 +152,17 @@ class CausalLM(Task):
             scores += (torch.exp(-mean) if score == "likelihood" else mean).tolist()
         return scores
 
-    @torch.no_grad()
-    def refused(
-        self, model: nn.Module, examples: Sequence[Example], refusals: Sequence[str], tokens: int = 16
-    ) -> list[bool]:
+    def refused(self, model: nn.Module, examples: Sequence[Example], refusals: Sequence[str]) -> list[bool]:
         """Whether the greedy answer opens with a refusal: one of `refusals` or a common opening. (rows,)"""
-        device = next(model.parameters()).device
         openings = REFUSALS + tuple(text.strip().lower()[:40] for text in refusals)
-        verdicts: list[bool] = []
+        answers = self.answers(model, examples, tokens=16)
+        return [answer.text.strip().lower().startswith(openings) for answer in answers]
+
+    @torch.no_grad()
+    def answers(self, model: nn.Module, examples: Sequence[Example], tokens: int) -> list[Answer]:
+        """The greedy answer to each prompt, of at most so many new tokens."""
+        device = next(model.parameters()).device
+        answers: list[Answer] = []
         for start in range(0, len(examples), 64):
             prompts = [e.inputs["input_ids"][: e.inputs["prompt"]] for e in examples[start : start + 64]]
             width = max(map(len, prompts))
@@ -166,8 +179,18 @@ class CausalLM(Task):
                 pad_token_id=self.pad,
             )[:, width:]
             texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-            verdicts += [text.strip().lower().startswith(openings) for text in texts]
-        return verdicts
+            ended = (made == self.tokenizer.eos_token_id).any(dim=1).tolist() if made.shape[1] else [True] * len(texts)
+            answers += [Answer(text, end) for text, end in zip(texts, ended, strict=True)]
+        return answers
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said."""
+
+    text: str
+    ended: bool
+    """Whether it came to its end within the tokens it was given."""
 
 
 def first_turn(row: dict[str, Any]) -> tuple[str, str]:
