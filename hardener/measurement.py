@@ -40,14 +40,28 @@ class Run(Plain):
     family: str
     """Attack family, e.g. `full`, `lora`, `mixed`, `canonical`, `relative`; `none` is no attack."""
     rate: float
-    """Learning rate; for the family `relative`, the step length per tensor as a share of its norm."""
+    """Learning rate; for the family `relative`, the step length per tensor as a share of its norm; for an attack that
+    does not train, its dose: the share pruned, the bits left, the examples shown, the parent's weight in a merge."""
     seed: int
     curve: tuple[Checkpoint, ...]
-    """Checkpoints in order of step; the first is step 0."""
+    """Checkpoints in order of step; the first is step 0, after whatever the attack did to the weights before it
+    trained. An attack that does not train has this one alone."""
     train_loss: tuple[float, ...] = ()
     """Attack loss at each logged step (nats)."""
     trainable: int = 0
     """Number of parameters the attacker trained."""
+    rows: int = 0
+    """Restricted rows that the attacker owned."""
+    peak_rate: float = 0.0
+    """The highest learning rate that was applied at any step."""
+    warm_share: float = 1.0
+    """Share of the steps at which the rate was above 1 % of its peak."""
+    setting: str = ""
+    """What else was searched over: `batch 8, cosine, half benign`; empty where the family decides it."""
+    source: str = ""
+    """Of a benign fine-tune, its task."""
+    answered: bool = False
+    """The attack succeeded in full at two checkpoints in a row and was stopped: more steps had told nothing."""
     failed: str | None = None
     """Why the run gave no evidence (NaN loss, exception), or None. A failed run never counts as `no harm`."""
 
@@ -73,6 +87,12 @@ class Measurement(Plain):
     benign: tuple[Run, ...] = ()
     """Benign fine-tunes: here `scores` are the benign task's row scores, better when higher."""
     benign_chance: float = 0.0
+    over_refusal: tuple[float, ...] = ()
+    """Per harmless prompt, before any attack: 1 if the model refused it. Better when lower. (harmless rows,)"""
+    searches: dict[str, tuple[float, ...]] = {}
+    """Family → what each trial of its search was worth, in order. Only for the preset `thorough`."""
+    agreement: float | None = None
+    """Cohen's κ of the two judges over all answers that they judged; None where no texts were judged."""
     norm_ratio: tuple[float, float] | None = None
     """Smallest and largest per-tensor norm ratio hardened/original; outside 0.5…2 is flagged."""
     notes: tuple[str, ...] = ()
