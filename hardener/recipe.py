@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloa
 Use = Literal["defence", "attack", "evaluation"]
 Role = Literal["restricted", "alignment", "retain", "benign"]
 TaskName = str
-Score = Literal["exact-match", "likelihood-gain", "likelihood", "accuracy"]
+Score = Literal["exact-match", "likelihood-gain", "likelihood", "accuracy", "judged"]
 Preset = Literal["quick", "standard", "thorough"]
 Gate = Literal["no-measurable-protection", "raises-cost", "protected"]
 ROLES: tuple[Role, ...] = ("restricted", "alignment", "retain", "benign")
@@ -139,6 +139,22 @@ class Train(Strict):
 Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
+class JudgeModel(Strict):
+    """A model that judges texts: a classifier that names labels, or a guard that answers in words."""
+
+    model: str = Field(description="Hub id or local folder; safetensors, run here, never its own code")
+    revision: str | None = Field(None, description="Hub revision; pinned to a commit in the resolved recipe")
+    sha256: str | None = Field(None, description="hash that a local folder must have, set in resolved recipes")
+    kind: Literal["classifier", "guard"] = Field(
+        description="classifier: a sequence classifier over question and answer; "
+        "guard: a language model whose chat template asks about a conversation"
+    )
+    labels: tuple[str, ...] = Field(
+        (), description="of a classifier, its labels that mean what is asked: harmful, or for `refusal_judge` refused"
+    )
+    threshold: float = Field(0.5, gt=0, lt=1, description="the judge says yes from this score on")
+
+
 class Probe(Strict):
     """How the release is attacked, and what it must withstand."""
 
@@ -169,6 +185,19 @@ class Probe(Strict):
     benign_steps: int = Field(64, ge=1)
     gate: Gate | None = Field(None, description="the verdict below which the run fails (exit 1)")
     seed: int = Field(0, ge=0)
+    judges: tuple[JudgeModel, ...] = Field(
+        (),
+        description="at least two models of different families that judge generated answers; for the score `judged`",
+    )
+    refusal_judge: JudgeModel | None = Field(
+        None, description="a classifier that tells refusals by the answer, instead of the list of openings"
+    )
+    answer_tokens: int = Field(
+        256, ge=1, description="new tokens per judged answer; with fewer than 256 harm may not come to show"
+    )
+    lm_eval: tuple[str, ...] = Field(
+        (), description="tasks of lm-evaluation-harness, measured before any attack; needs `pip install hardener[eval]`"
+    )
 
 
 class CardChoice(Strict):
