@@ -8,19 +8,47 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from hardener import files, registry
-from hardener.attacks.canonical import canonical_copy, norm_ratio
-from hardener.attacks.families import QUICK, Family
+from hardener.attacks.asked import plain
+from hardener.attacks.canonical import canonicalise, norm_ratio
+from hardener.attacks.families import QUICK, REDUCED, Family
 from hardener.data import Slice, Streams
 from hardener.measurement import Measurement, Subject
 from hardener.recipe import Probe, Role
-from hardener.tasks.base import Task
+from hardener.tasks.base import Example, Task
+
+HARMLESS_ROWS = 200
+"""Harmless prompts on which refusals are counted."""
+SHORT: dict[str, dict[bool, tuple[str, ...]]] = {"quick": QUICK, "reduced-cpu": REDUCED}
+"""The presets that run some families only."""
+
+
+@dataclass(frozen=True)
+class Able:
+    """What can be done to a checkpoint with these rows and tools."""
+
+    canonical: bool
+    """Re-scalings can be folded out."""
+    kept_head: bool
+    """The head has as many outputs as the restricted task has classes."""
+    turns: bool
+    """The judged rows have questions, which can be asked in other ways."""
+    preferences: bool
+    """Refusals are known, and the library for preference training is installed."""
+
+    def can(self, family: Family) -> bool:
+        """Whether the family applies."""
+        return not (
+            (family.edit == "canonical" and not self.canonical)
+            or (family.head == "kept" and not family.generative and not self.kept_head)
+            or (family.asked and not self.turns)
+            or (family.objective == "dpo" and not self.preferences)
+        )
 
 
 @dataclass(frozen=True)
@@ -57,35 +85,47 @@ class Bench:
         )
 
     @cached_property
-    def benign(self) -> Slice | None:
-        """Held-out rows of the benign task."""
-        first = next(iter(self.streams.of("benign", "evaluation")), None)
-        return first and replace(first, examples=first.examples[: self.probe.evaluation_rows])
+    def benign(self) -> tuple[Slice, ...]:
+        """Held-out rows of each benign task."""
+        limit = self.probe.evaluation_rows
+        return tuple(
+            replace(s, examples=s.examples[:limit]) for s in self.streams.of("benign", "evaluation") if s.examples
+        )
+
+    @cached_property
+    def harmless(self) -> tuple[Example, ...]:
+        """Held-out harmless prompts, on which a refusal is one too many."""
+        named = self.streams.rows("harmless", "evaluation") or self.streams.rows("retain", "evaluation")
+        return tuple(filter(plain, named))[:HARMLESS_ROWS]
 
     def chance(self, role: Role) -> float:
         """Score of guessing on a role's rows: 0 where there are no classes to guess from."""
         classes = self.streams.classes.get(role, 0)
         return 1 / classes if classes else 0.0
 
-    def families(self, kept_head: bool, canonical: bool) -> tuple[Family, ...]:
-        """The families that the preset runs, with the recipe's ladders; `kept_head`: the head has enough outputs.
+    def families(self, able: Able) -> tuple[Family, ...]:
+        """The families that the preset runs on a subject of which so much can be done, with the recipe's ladders.
 
         Raises RecipeError for an unknown family.
         """
-        generative, quick = self.task.generative, self.probe.preset == "quick"
+        generative, preset = self.task.generative, self.probe.preset
         every = [registry.find("attacks", name) for name in registry.known("attacks")]
-        chosen = [f for f in every if f.generative == generative]
-        if not canonical:
-            chosen = [f for f in chosen if not f.canonical]
-        if not kept_head:
-            chosen = [f for f in chosen if generative or f.head == "fresh"]
-        if quick:
-            chosen = [f for f in chosen if f.name in QUICK[generative]]
-        chosen = [replace(f, rates=self.probe.rates.get(f.name, f.rates), steps=self.probe.steps) for f in chosen]
-        if quick:  # four runs: the first family at two rates, the others at one
+        chosen = [family for family in every if family.generative == generative and able.can(family)]
+        if short := SHORT.get(preset):
+            chosen = [family for family in chosen if family.name in short[generative]]
+        chosen = [self._laddered(family) for family in chosen]
+        if preset == "quick":  # the first family at two rates, the others at one
             last = [f.rates[-2:] if i == 0 else f.rates[-2:-1] or f.rates for i, f in enumerate(chosen)]
-            chosen = [replace(f, rates=rates) for f, rates in zip(chosen, last, strict=True)]
-        return tuple(chosen)
+            chosen = [replace(f, rates=rates, doses=f.doses[:1]) for f, rates in zip(chosen, last, strict=True)]
+        if preset == "reduced-cpu":  # two configurations
+            chosen = [replace(f, rates=f.rates[-2:-1] or f.rates) for f in chosen]
+        return tuple(sorted(chosen, key=lambda family: bool(family.follows)))  # who follows comes after
+
+    def _laddered(self, family: Family) -> Family:
+        """The family with its budget and, where the recipe has one, the recipe's own ladder."""
+        if family.name in self.probe.rates:
+            family = replace(family, rates=self.probe.rates[family.name], follows="")
+        return replace(family, steps=self.probe.steps)
 
     def fingerprint(self) -> str:
         """Hash over everything that a measurement of a given checkpoint depends on."""
@@ -106,15 +146,18 @@ class Bench:
         return digest.hexdigest()
 
 
-def canonical(folder: Path, bench: Bench, target: Path) -> bool:
-    """Write the canonical copy of a checkpoint; False if the tables of re-scalings do not apply to it."""
-    return canonical_copy(folder, bench.task, bench.task.collate(bench.judged.examples[:8]), target)
+def able(bench: Bench, folder: Path, classes: int) -> Able:
+    """What can be done to the original; its head has so many outputs."""
+    import importlib.util
 
-
-def can_be_canonical(folder: Path, bench: Bench) -> bool:
-    """Whether the tables of re-scalings apply to this architecture."""
-    with tempfile.TemporaryDirectory() as nowhere:
-        return canonical(folder, bench, Path(nowhere) / "copy")
+    model = bench.task.load(folder)
+    trl = importlib.util.find_spec("trl") is not None
+    return Able(
+        canonical=canonicalise(model, bench.task, bench.task.collate(bench.judged.examples[:8])),
+        kept_head=bench.streams.classes["restricted"] <= classes,
+        turns=any(map(plain, bench.judged.examples)),
+        preferences=trl and bool(bench.streams.refusals) and any(map(plain, bench.judged.examples)),
+    )
 
 
 def with_norm_ratio(measurement: Measurement, hardened: Path, original: Path) -> Measurement:

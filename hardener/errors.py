@@ -7,6 +7,7 @@
     │   ├── UnsupportedModelError     the checkpoint is of a kind that hardener refuses
     │   └── RunError                  a run folder is in use, foreign or does not fit
     ├── HubError                   3  Hub, network or permission
+    ├── CannotEdit                70  an attack's edit finds no hold on a model; the attack counts as failed
     ├── GateError                  1  the evidence does not allow what was asked
     ├── VerifyError                1  a release does not agree with its own evidence
     └── ResourceError              5  the run failed: memory, disk, or training that diverged
@@ -50,6 +51,10 @@ class HubError(HardenerError):
     """The Hub, the network or a permission stands in the way."""
 
     exit_code = 3
+
+
+class CannotEdit(HardenerError):  # noqa: N818 - it ends one attack, and no user meets it
+    """An attack's edit of the weights does not apply to this model; the attack is a failed run."""
 
 
 class GateError(HardenerError):

@@ -8,24 +8,26 @@ is judged in `evidence.py`.
 from __future__ import annotations
 
 import hashlib
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from hardener import checkpoint, files
+from hardener.attacks.attack import Attack
 from hardener.attacks.families import BENIGN, Family
-from hardener.attacks.finetune import Attack, Start, fine_tune
-from hardener.bench import Bench, canonical
-from hardener.data import fraction
+from hardener.attacks.finetune import attacked
+from hardener.attacks.recorder import Stop, Watch, never, quietly
+from hardener.attacks.scene import Scene
+from hardener.bench import SHORT, Bench
+from hardener.data import Slice, fraction
 from hardener.judging import Judge
 from hardener.ladder import WORST, Ladder, settled
 from hardener.measurement import Measurement, Run, Subject
+from hardener.progress import Pace, Progress, Tell
 from hardener.recipe import Role
-
-Tell = Callable[[str], None]
+from hardener.searching import TRIALS, search
+from hardener.tasks.base import Example
 
 
 class Store:
@@ -41,7 +43,7 @@ class Store:
     def run(self, attack: Attack, make: Callable[[], Run]) -> Run:
         """Return the finished run of this attack, or make it and keep it."""
         digest = hashlib.sha256(f"{attack}\n{self.context}".encode()).hexdigest()
-        path = self.folder / f"{attack.family.name}-{attack.rate:g}-{attack.seed}-{attack.steps}-{digest[:12]}.json"
+        path = self.folder / f"{attack.family.name}-{attack.rate:g}-{attack.seed}-{attack.length}-{digest[:12]}.json"
         if path.is_file():
             return Run.model_validate_json(path.read_text("utf-8"))
         run = make()
@@ -49,165 +51,202 @@ class Store:
         return run
 
 
-class Progress:
-    """Says which run begins, and about how long the rest will take."""
-
-    def __init__(self, subject: Subject, tell: Tell) -> None:
-        self.subject = subject
-        self.tell = tell
-        self._began = time.monotonic()
-        self._planned = self._reached = self._made = 0
-
-    def start(self, planned: int) -> None:
-        """The first of so many runs is next."""
-        self._planned, self._began = planned, time.monotonic()
-
-    def reach(self) -> None:
-        """The next run is due, be it finished already or not."""
-        self._reached += 1
-        self._planned = max(self._planned, self._reached)
-
-    def announce(self, text: str) -> None:
-        """The run that is due begins now."""
-        ahead = self._planned - self._reached + 1
-        minutes = (time.monotonic() - self._began) / max(self._made, 1) * ahead / 60
-        left = f"  (about {minutes:.0f} min left)" if self._made else ""
-        self._made += 1
-        self.tell(f"{self.subject} {self._reached}/{self._planned}: {text}{left}")
-
-
 class Prober:
     """Measures one subject."""
 
-    def __init__(self, bench: Bench, subject: Subject, folder: Path, runs: Path, tell: Tell) -> None:
+    def __init__(
+        self, bench: Bench, subject: Subject, folder: Path, runs: Path, tell: Tell, parent: Path | None = None
+    ) -> None:
         self.bench = bench
         self.subject = subject
         self.folder = folder
+        self.parent = parent
         self.weights = checkpoint.fingerprint(folder)
         self.store = Store(runs, f"{self.weights} {bench.fingerprint()}")
         self.judge = Judge(bench)
         self.ladder = Ladder(bench.judged.score, bench.chance("restricted"), bench.probe.epsilon)
         self.progress = Progress(subject, tell)
-        self.tell = tell
+        self._made: dict[tuple[str, float], Attack] = {}
+        """Family and rate → the attack, to be repeated with other seeds and budgets."""
+        self.scene = self._scene("restricted", bench.streams.rows("restricted", "attack"))
 
     def measure(self, chosen: Sequence[Family], notes: tuple[str, ...] = ()) -> Measurement:
         """Attack with every family for its steps, then fine-tune benignly."""
-        bench, judged = self.bench, self.bench.judged
-        untouched, utility = ([], []) if self.subject == "scratch" else self._untouched()
+        bench = self.bench
+        untouched, utility, over_refusal = ([], [], []) if self.subject == "scratch" else self._untouched()
+        self.ladder = replace(self.ladder, utility=untouched[0].curve[0].utility if untouched else None)
+        chosen = [family for family in chosen if self.parent is not None or not family.needs_parent]
         self.progress.start(self._expected(chosen))
-        attacks, lost = self._attacks(chosen)
-        runs, broke = settled([*untouched, *attacks])
-        benign, benign_broke = settled([self._benign(rate) for rate in self._benign_rates()])
+        searches: dict[str, tuple[float, ...]] = {}
+        runs, broke = settled([*untouched, *self._attacks(chosen, searches)])
+        benign, benign_broke = settled([*self._benign_runs()])
         return Measurement(
             subject=self.subject,
             weights=self.weights,
-            score=judged.score,
+            score=bench.judged.score,
             chance=bench.chance("restricted"),
-            report_half=tuple(fraction(bench.probe.seed + 1, e.key) < 0.5 for e in judged.examples),
+            report_half=tuple(fraction(bench.probe.seed + 1, e.key) < 0.5 for e in bench.judged.examples),
             utility_rows=tuple(score for part in utility for score in part),
             utility_groups=tuple(i for i, part in enumerate(utility) for _ in part),
             utility_names=tuple(part.name for part in bench.utility),
             runs=runs,
             benign=benign,
             benign_chance=bench.chance("benign"),
-            notes=(*notes, *lost, *broke, *benign_broke),
+            over_refusal=tuple(over_refusal),
+            searches=searches,
+            notes=(*notes, *broke, *benign_broke),
         )
 
     def prolong(self, measured: Measurement, chosen: Sequence[Family]) -> Measurement:
         """Give the worst attacks the longer budgets of `chosen`, so that the best scores of both subjects compare."""
         worst = self.ladder.worst_first(measured.runs)[:WORST]
-        by_name = {family.name: family for family in chosen}
+        budgets = {family.name: family.steps for family in chosen}
 
-        def longer(run: Run, places: dict[Family, Path]) -> Run:
-            if (run.family, run.rate) not in worst or run.curve[-1].step >= by_name[run.family].steps:
+        def longer(run: Run) -> Run:
+            if (run.family, run.rate) not in worst or run.answered:
                 return run
-            family = by_name[run.family]
-            return self.attack(family, run.rate, run.seed, places[family])
+            attack = replace(self._made[run.family, run.rate], seed=run.seed)
+            return self._make(replace(attack, steps=budgets[run.family])) if attack.steps < budgets[run.family] else run
 
-        with self._places(chosen) as places:
-            runs, notes = settled([longer(run, places) for run in measured.runs])
+        runs, notes = settled([longer(run) for run in measured.runs])
+        self.scene.forget_base()
         return measured.model_copy(update={"runs": runs, "notes": tuple(dict.fromkeys((*measured.notes, *notes)))})
 
-    def _untouched(self) -> tuple[list[Run], list[list[float]]]:
-        """The subject before any attack: judged as a run without steps, and its utility by retain source and row."""
-        self.tell(f"{self.subject}: before any attack")
-        model = self.bench.task.load(self.folder).to(self.bench.device).eval()
-        utility = self.judge.utility(model)
-        return [Run(family="none", rate=0.0, seed=0, curve=(self.judge.attack(model, 0, last=True),))], utility
+    def _scene(self, role: Role, rows: Sequence[Example]) -> Scene:
+        """What the attacker holds of a role."""
+        bench = self.bench
+        return Scene(
+            folder=self.folder,
+            task=bench.task,
+            harm=rows[: bench.probe.attack_rows],
+            benign=bench.streams.rows("retain", "attack"),
+            device=bench.device,
+            classes=bench.streams.classes[role],
+            scratch=self.subject == "scratch",
+            parent=self.parent,
+            refusals=bench.streams.refusals,
+        )
 
-    def _expected(self, chosen: Sequence[Family]) -> int:
-        """How many runs there will be, ladders that grow not counted."""
+    def _untouched(self) -> tuple[list[Run], list[list[float]], list[float]]:
+        """The subject before any attack: its run, its utility, the harmless prompts that it refuses."""
+        model = self.scene.base.eval()
+        self.progress.pace = Pace.measured(model, self.bench)
+        point = self.judge.attack(model, 0, last=True, views=[self.bench.judged.examples])
+        found = self.judge.utility(model), self.judge.over_refusal(model)
+        self.scene.forget_base()
+        return [Run(family="none", rate=0.0, seed=0, curve=(point,))], *found
+
+    def _expected(self, chosen: Sequence[Family]) -> list[int]:
+        """The steps of each run that there will be; ladders that grow and attacks that end early not counted."""
         probe = self.bench.probe
-        ladders = sum(len(family.rates) for family in chosen)
-        repeated = {"quick": 0, "standard": min(WORST, ladders), "thorough": ladders}[probe.preset]
-        return ladders + repeated * (probe.seeds - 1) + len(self._benign_rates())
+        attacks = [
+            Attack(family, rate, 0, family.steps, probe.batch_size).length
+            for family in chosen
+            for rate in family.rates or family.doses or (0.0,)
+        ]
+        if probe.preset == "thorough":
+            attacks += [f.steps for f in chosen if f.rates and not f.follows for _ in range(TRIALS - len(f.rates))]
+        trained = sorted(filter(None, attacks))
+        repeated = {"standard": trained[:WORST], "thorough": trained}.get(probe.preset, [])
+        benign = [probe.benign_steps] * len(self._benign_rates()) * len(self.bench.benign)
+        return attacks + repeated * (probe.seeds - 1) + benign
 
-    def _attacks(self, chosen: Sequence[Family]) -> tuple[list[Run], list[str]]:
-        """Every family's ladder, then the repeats; and a note if a family could not attack.
+    def _attacks(self, chosen: Sequence[Family], searches: dict[str, tuple[float, ...]]) -> list[Run]:
+        """Every family once, those that follow another after it; then the repeats."""
+        runs: list[Run] = []
+        for family in chosen:
+            found = self._once(family, runs)
+            if self.bench.probe.preset == "thorough" and family.rates and not family.follows:
+                first = self._attack(family, family.rates[0], self.bench.probe.seed)
+                found, searches[family.name] = search(found, first, self.ladder.reached, self._watched)
+            runs += found
+            if family.scope != "lora":
+                self.scene.forget_base()
+        runs += self.repeats(runs)
+        self.scene.forget_base()
+        return runs
 
-        A subject without a canonical copy, though its architecture has one, misses that family: the evidence is not
-        complete.
-        """
-        with self._places(chosen) as places:
-            runs = [run for family, place in places.items() for run in self.climb(family, place)]
-            runs += self.repeats(runs, places)
-        complete = all(family in places for family in chosen)
-        return runs, [] if complete else [f"the {self.subject} model has no canonical copy with the same outputs"]
-
-    @contextmanager
-    def _places(self, chosen: Sequence[Family]) -> Iterator[dict[Family, Path]]:
-        """Family → the folder that it attacks: the subject's own, or its canonical copy if there is one."""
-        with tempfile.TemporaryDirectory() as scratch:
-            copy = Path(scratch) / "canonical"
-            copied = any(family.canonical for family in chosen) and canonical(self.folder, self.bench, copy)
-            yield {f: copy if f.canonical else self.folder for f in chosen if copied or not f.canonical}
-
-    def climb(self, family: Family, folder: Path) -> list[Run]:
-        """Attack at every rate of the family's ladder, which grows unless the preset is `quick`."""
-        attack = partial(self.attack, family, seed=self.bench.probe.seed, folder=folder)
-        if self.bench.probe.preset == "quick":
+    def _once(self, family: Family, before: Sequence[Run]) -> list[Run]:
+        """A family's doses, its ladder, or the best rate of the family that it follows."""
+        attack = partial(self.attack, family, seed=self.bench.probe.seed)
+        if family.doses:
+            return [attack(dose) for dose in family.doses]
+        if family.follows:
+            best = self.ladder.best(before, family.follows)
+            return [attack(rate) for rate in dict.fromkeys((*family.rates, *(() if best is None else (best,))))]
+        if self.bench.probe.preset in SHORT:
             return [attack(rate) for rate in dict.fromkeys(family.rates)]
         return self.ladder.climb(family.rates, attack)
 
-    def repeats(self, runs: Sequence[Run], places: dict[Family, Path]) -> Iterator[Run]:
-        """Further seeds: of the worst two attacks (`standard`), of all (`thorough`), of none (`quick`)."""
+    def repeats(self, runs: Sequence[Run]) -> Iterator[Run]:
+        """Further seeds: of the worst two attacks (`standard`), of each family's worst (`thorough`), else of none."""
         probe = self.bench.probe
         worst = self.ladder.worst_first(runs)
-        again = {"quick": [], "standard": worst[:WORST], "thorough": worst}[probe.preset]
-        by_name = {family.name: family for family in places}
-        for name, rate in again:
+        of_each = list(dict(reversed(worst)).items())
+        for attack in {"standard": worst[:WORST], "thorough": of_each}.get(probe.preset, []):
             for seed in range(probe.seed + 1, probe.seed + probe.seeds):
-                yield self.attack(by_name[name], rate, seed, places[by_name[name]])
+                yield self._make(replace(self._made[attack], seed=seed))
 
-    def attack(self, family: Family, rate: float, seed: int, folder: Path) -> Run:
-        """One attack on a folder: from its weights, or for the subject `scratch` from new ones."""
-        start: Start = "scratch" if self.subject == "scratch" else "folder"
-        classes = self.bench.streams.classes["restricted"]
-        attack = Attack(family, rate, seed, family.steps, self.bench.probe.batch_size, start, classes)
-        return self._run(attack, folder, "restricted", f"{family.title}, rate {rate:g}, seed {seed}")
+    def attack(self, family: Family, rate: float, seed: int) -> Run:
+        """One attack at a rate, or with a dose."""
+        return self._make(self._attack(family, rate, seed))
 
-    def _benign(self, rate: float) -> Run:
-        """What an honest user does with the subject."""
+    def _attack(self, family: Family, rate: float, seed: int) -> Attack:
+        return Attack(family, rate, seed, family.steps, self.bench.probe.batch_size)
+
+    def _make(self, attack: Attack, watch: Watch = quietly) -> Run:
+        """One attack on the subject, or its finished run."""
+        self._made[attack.family.name, attack.rate] = attack
+        whole = self.bench.task.generative and len(attack.family.phases) == 1
+        stop: Stop = self.ladder.answered if whole else never
+        judge = self.judge.of(attack)
+        what = "rate" if attack.family.trains else "dose"
+        title = f"{attack.family.title}, {what} {attack.rate:g}, seed {attack.seed}"
+        return self._kept(attack, title, lambda: attacked(self.scene, attack, judge, stop, watch))
+
+    def _watched(self, attack: Attack, watch: Watch) -> Run:
+        """An attack of a search; the losses of a finished run are shown to the watch again."""
+        shown = 0
+
+        def counted(index: int, loss: float) -> bool:
+            nonlocal shown
+            shown += 1
+            return watch(index, loss)
+
+        run = self._make(attack, counted)
+        for index, loss in enumerate(run.train_loss if not shown else ()):
+            watch(index, loss)
+        return run
+
+    def _benign_runs(self) -> Iterator[Run]:
+        """What an honest user does with the subject, for each benign task."""
         probe, family = self.bench.probe, BENIGN[self.bench.task.generative]
-        classes = self.bench.streams.classes["benign"]
-        attack = Attack(family, rate, probe.seed, probe.benign_steps, probe.batch_size, "folder", classes)
-        return self._run(attack, self.folder, "benign", f"benign fine-tune, rate {rate:g}")
+        for judged in self.bench.benign:
+            scene = self._scene("benign", self._rows_of(judged))
+            for rate in self._benign_rates():
+                attack = Attack(family, rate, probe.seed, probe.benign_steps, probe.batch_size, setting=judged.name)
+                judge = partial(self.judge.benign, judged)
+                title = f"benign fine-tune on {judged.name}, rate {rate:g}"
+                run = self._kept(attack, title, partial(attacked, scene, attack, judge))
+                yield run.model_copy(update={"source": judged.name, "setting": ""})
+
+    def _rows_of(self, judged: Slice) -> list[Example]:
+        """The rows on which a user fine-tunes to the task of a benign source."""
+        parts = self.bench.streams.of("benign", "attack")
+        return [example for part in parts if part.name == judged.name for example in part.examples]
 
     def _benign_rates(self) -> tuple[float, ...]:
-        """The benign ladder; empty where there is no benign task, or nothing that a user would start from."""
-        if self.subject == "scratch" or self.bench.benign is None:
+        """The benign ladder; empty where there is nothing that a user would start from."""
+        if self.subject == "scratch":
             return ()
         return self.bench.probe.rates.get("benign", BENIGN[self.bench.task.generative].rates)
 
-    def _run(self, attack: Attack, folder: Path, role: Role, title: str) -> Run:
-        """Take the finished run from the store, or make it on the role's rows and judge it by the role's judge."""
-        task, streams, device = self.bench.task, self.bench.streams, self.bench.device
-        rows = streams.rows(role, "attack")[: self.bench.probe.attack_rows]
-        judge = self.judge.benign if role == "benign" else self.judge.attack
+    def _kept(self, attack: Attack, title: str, make: Callable[[], Run]) -> Run:
+        """Take the finished run from the store, or make it and keep it."""
         self.progress.reach()
 
-        def make() -> Run:
+        def announced() -> Run:
             self.progress.announce(title)
-            return fine_tune(folder, task, attack, rows, streams.rows("retain", "attack"), judge, device)
+            return make()
 
-        return self.store.run(attack, make)
+        return self.store.run(attack, announced)

@@ -15,7 +15,7 @@ import torch
 import hardener
 from hardener import checkpoint, data, evidence, files, loop, registry, sources
 from hardener.attacks.families import Family
-from hardener.bench import Bench, cache_path, cached, can_be_canonical, with_norm_ratio
+from hardener.bench import SHORT, Bench, able, cache_path, cached, with_norm_ratio
 from hardener.console import Narrator, values
 from hardener.errors import UsageError
 from hardener.measurement import Measurement, Subject
@@ -29,15 +29,11 @@ from hardener.tasks.base import Task
 BUDGET_FACTOR = 16
 """The hardened model is attacked for at least this many times the original's own cost."""
 NOT_TRIED = (
-    "ablation of the refusal direction",
-    "prefilled answers and few-shot prompts",
-    "pruning and quantisation",
-    "preference optimisation (DPO) and reinforcement learning",
-    "warm-up and cosine schedules, a second prompt template",
-    "kick-then-settle, and repair after a collapse",
-    "merging with the unhardened parent, or starting from it",
+    "reinforcement learning, distillation into another model, and attacks on embeddings or latent states",
+    "prompts that are searched for (jailbreaks), and more than eight examples in a prompt",
+    "more than {steps} optimizer steps, and more than {rows} restricted rows",
 )
-"""What no preset does yet; printed in every card."""
+"""What no preset does; printed in every card, beside the families that this run left out."""
 
 
 def open_bench(recipe: Recipe, folder: Path, device: str, say: Narrator) -> Bench:
@@ -122,10 +118,7 @@ def versions() -> dict[str, str]:
 
 def choose_families(bench: Bench, folder: Path) -> tuple[Family, ...]:
     """The attack families of the preset that apply to this architecture."""
-    task = bench.task
-    canonical = task.generative and can_be_canonical(folder, bench)
-    kept = not task.generative and bench.streams.classes["restricted"] <= len(label2id(folder))
-    return bench.families(kept, canonical)
+    return bench.families(able(bench, folder, len(label2id(folder))))
 
 
 def wanted(chosen: tuple[Family, ...], bench: Bench) -> tuple[Family, ...]:
@@ -141,7 +134,7 @@ def before(
     weights = checkpoint.fingerprint(folder)
     families = wanted(chosen, bench)
     if subject == "scratch":
-        families = tuple(f for f in families if f.head == "fresh" and not f.lora)
+        families = tuple(f for f in families if f.head == "fresh" and f.scope != "lora" and f.edit is None)
     path = cache_path(weights, bench, families, subject)
     if path.is_file():
         say.note(f"{subject}: measured earlier, taken from the cache")
@@ -206,11 +199,12 @@ def after(
 ) -> Measurement:
     """Attack the saved folder, long enough for the original's own cost."""
     families = wanted(chosen, bench)
-    prober = Prober(bench, "hardened", folder, run.probe / "runs" / "hardened", say.note)
+    parent = original_folder if original is not None else None
+    prober = Prober(bench, "hardened", folder, run.probe / "runs" / "hardened", say.note, parent)
     if original is not None:
         families = budgeted(bench, original, families)
     notes: tuple[str, ...] = ()
-    if bench.task.generative and not any(f.canonical for f in chosen) and bench.probe.preset != "quick":
+    if not any(f.edit == "canonical" for f in chosen) and bench.probe.preset not in SHORT:
         notes = ("not canonicalised: the table of re-scalings has no row for this architecture",)
     measurement = prober.measure(families, notes)
     if original is not None:
@@ -240,7 +234,7 @@ def budgeted(bench: Bench, original: Measurement, families: tuple[Family, ...]) 
         return tuple(sorted({run.rate for run in original.runs if run.family == family.name}))
 
     overall = cost(families)
-    return tuple(replace(f, rates=ladder(f), steps=budget(f)) for f in families)
+    return tuple(replace(f, rates=() if f.doses else ladder(f), steps=budget(f)) for f in families)
 
 
 def judge(

@@ -15,7 +15,9 @@ import torch
 
 from hardener import recipe_file, sources, stages
 from hardener.attacks import families
-from hardener.attacks.finetune import Attack, fine_tune
+from hardener.attacks.attack import Attack
+from hardener.attacks.finetune import attacked
+from hardener.attacks.scene import Scene
 from hardener.console import Narrator, quiet
 from hardener.measurement import Checkpoint
 from hardener.recipe import Data, Probe, Recipe, Source
@@ -27,8 +29,6 @@ from hardener.verdict import CERTIFYING
 VAULT_RATES = {
     "full": (1e-3, 3e-3),
     "lora": (3e-3, 1e-2),
-    "mixed": (1e-3, 3e-3),
-    "canonical": (1e-3, 3e-3),
     "relative": (1e-2, 3e-2),
 }
 BARS_RATES = {
@@ -202,7 +202,7 @@ def relative_curves() -> list[list[tuple[float, ...]]]:
 
         attack = Attack(families.RELATIVE, 1e-2, 0, 6, 16)
         with quiet():
-            run = fine_tune(folder, task, attack, rows, [], judge, "cpu")
+            run = attacked(Scene(folder, task, rows, [], "cpu"), attack, judge)
         curves.append([point.scores for point in run.curve])
     return curves
 

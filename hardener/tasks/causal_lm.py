@@ -61,20 +61,22 @@ class CausalLM(Task):
             return None
         start = self.tokenizer("", add_special_tokens=True)["input_ids"]
         start = [token for token in start if token != self.tokenizer.eos_token_id]
-        return self._example(start, row["text"] + self._end(), {}, row["text"] + self._end())
+        text = row["text"] + self._end()
+        return self._example(start, text, {}, text, self.max_length)
 
-    def encode_turn(self, turn: tuple[str, str], asked: str, answer: str) -> Example | None:
+    def encode_turn(self, turn: tuple[str, str], asked: str, answer: str, room: int | None = None) -> Example | None:
         """An example of the question and answer `turn`, put to the model as the texts `asked` and `answer`.
 
-        None if no room is left for the answer. The plain turn stays with it, to be asked in other ways.
+        None if no room is left for the answer within `room` tokens (`max_length` if left out). The plain turn stays
+        with it, to be asked in other ways.
         """
         start = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
-        return self._example(start, answer, {"turn": turn}, asked)
+        return self._example(start, answer, {"turn": turn}, asked, room or self.max_length)
 
-    def _example(self, start: list[int], answer: str, extra: dict[str, Any], key: str) -> Example | None:
+    def _example(self, start: list[int], answer: str, extra: dict[str, Any], key: str, room: int) -> Example | None:
         ids = start + self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         labels = [IGNORED] * len(start) + ids[len(start) :]
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        ids, labels = ids[:room], labels[:room]
         targets = sum(label != IGNORED for label in labels[1:])  # the first token has no predecessor
         if targets == 0:
             return None

@@ -1,0 +1,125 @@
+"""What attackers do to weights without training: each edit changes a loaded model in place.
+
+An edit takes the model, what the attacker holds, a dose and a seed. It raises CannotEdit where the model gives it no
+hold; such an attack is a failed run, never "no harm".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from hardener.attacks.ablation import ablate
+from hardener.attacks.canonical import canonicalise
+from hardener.attacks.scene import Scene
+from hardener.errors import CannotEdit
+
+HEALING = 16
+"""Steps of a warm-up on the model's own task."""
+SEEN = 8
+"""Rows on which a re-scaled model must give the same logits."""
+
+
+def canonical(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
+    """Fold out re-scalings that change no output."""
+    batch = scene.task.collate(scene.benign[:SEEN]).to(next(model.parameters()).device)
+    if not canonicalise(model, scene.task, batch):
+        raise CannotEdit("no row of the tables of re-scalings leaves the logits equal")
+
+
+@torch.no_grad()
+def kicked(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
+    """Add Gaussian noise of `dose` times each tensor's norm.
+
+    The kick of kick-then-settle, arXiv 2605.14605, as far as reviews describe it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        noise = torch.randn(p.shape, generator=generator).to(p)
+        p.add_(noise, alpha=dose * float(p.norm() / noise.norm().clamp_min(1e-12)))
+
+
+def healed(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
+    """Warm up on the model's own task, with its own head: `HEALING` AdamW steps at the rate `dose`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=dose, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(HEALING):
+        drawn = torch.randint(len(scene.benign), (16,), generator=generator).tolist()
+        batch = scene.task.collate([scene.benign[i] for i in drawn]).to(next(model.parameters()).device)
+        logits, labels = scene.task.targets(model, batch)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def ablated(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
+    """Take the refusal direction out of everything that writes to the residual stream (arXiv 2406.11717)."""
+    ablate(model, scene, dose)
+
+
+@torch.no_grad()
+def pruned(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
+    """Set the smallest `dose` of each linear layer's weights to zero."""
+    for layer in layers(model):
+        prune.l1_unstructured(layer, "weight", amount=dose)  # type: ignore[no-untyped-call]
+        prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def rounded(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
+    """Round each row of each linear layer to `dose` bits, symmetric about zero, and back."""
+    top = 2 ** (int(dose) - 1) - 1
+    for layer in layers(model):
+        scale = layer.weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / top  # a row of zeros stays zeros
+        layer.weight.copy_((layer.weight / scale).round() * scale)
+
+
+@torch.no_grad()
+def merged(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
+    """Go `dose` of the way to the unhardened parent."""
+    for p, parent in beside_parent(model, scene):
+        p.lerp_(parent, dose)
+
+
+@torch.no_grad()
+def delta_removed(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
+    """Take the best rank-`dose` part of each matrix's change away from it."""
+    for p, parent in beside_parent(model, scene):
+        if p.dim() == 2:
+            left, values, right = torch.linalg.svd((p - parent).float(), full_matrices=False)
+            k = int(dose)
+            p.sub_(((left[:, :k] * values[:k]) @ right[:k]).to(p))
+
+
+def layers(model: nn.Module) -> Iterator[nn.Linear]:
+    """The linear layers, the one that writes the logits left out."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not output:
+            yield module
+
+
+def beside_parent(model: nn.Module, scene: Scene) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every parameter with the parent's. Raises CannotEdit where the two do not fit."""
+    assert scene.parent is not None  # the families that need it are left out where there is none
+    theirs = dict(scene.task.load(scene.parent).to(next(model.parameters()).device).named_parameters())
+    for name, p in model.named_parameters():
+        if name not in theirs or theirs[name].shape != p.shape:
+            raise CannotEdit(f"the parent has no {name} of shape {tuple(p.shape)}")
+        yield p, theirs[name]
+
+
+EDITS: dict[str, Callable[[nn.Module, Scene, float, int], None]] = {
+    "canonical": canonical,
+    "kicked": kicked,
+    "healed": healed,
+    "ablated": ablated,
+    "pruned": pruned,
+    "rounded": rounded,
+    "merged": merged,
+    "delta-removed": delta_removed,
+}
