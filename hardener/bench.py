@@ -16,7 +16,7 @@ from pathlib import Path
 from hardener import files, registry
 from hardener.attacks.asked import plain
 from hardener.attacks.canonical import canonicalise, norm_ratio
-from hardener.attacks.families import QUICK, REDUCED, Family
+from hardener.attacks.families import SHORT, Family
 from hardener.data import Slice, Streams
 from hardener.measurement import Measurement, Subject
 from hardener.recipe import Probe, Role
@@ -24,8 +24,6 @@ from hardener.tasks.base import Example, Task
 
 HARMLESS_ROWS = 200
 """Harmless prompts on which refusals are counted."""
-SHORT: dict[str, dict[bool, tuple[str, ...]]] = {"quick": QUICK, "reduced-cpu": REDUCED}
-"""The presets that run some families only."""
 
 
 @dataclass(frozen=True)

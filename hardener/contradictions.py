@@ -7,7 +7,7 @@ from string import Formatter
 from typing import Any
 
 from hardener import registry
-from hardener.attacks.families import QUICK
+from hardener.attacks.families import SHORT
 from hardener.defenses.configs import CONFIGS
 from hardener.problems import Problem, nearest
 from hardener.recipe import ROLES, Data, Recipe, Role, Source, Use
@@ -139,8 +139,10 @@ def _probe(recipe: Recipe) -> Iterator[Problem]:
         if family not in {*families, "benign"}:
             text = f"no attack family is called {family!r}; {nearest(family, {*families, 'benign'})}"
             yield Problem(("probe", "rates", family), text)
-    if probe.gate and probe.preset == "quick":
-        yield Problem(("probe", "gate"), "the preset quick never certifies; a gate needs standard or thorough")
+    if probe.gate and probe.preset in SHORT:
+        yield Problem(
+            ("probe", "gate"), f"the preset {probe.preset} never certifies; a gate needs standard or thorough"
+        )
     if probe.max_steps < probe.steps:
         text = f"max_steps ({probe.max_steps}) is less than steps ({probe.steps})"
         yield Problem(("probe", "max_steps"), text)
@@ -152,4 +154,5 @@ def _fits(family: str, recipe: Recipe) -> bool:
         return True
     generative = recipe.task == "causal-lm"
     same_kind = registry.find("attacks", family).generative == generative
-    return same_kind and (recipe.probe.preset != "quick" or family in QUICK[generative])
+    short = SHORT.get(recipe.probe.preset)
+    return same_kind and (short is None or family in short[generative])

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from hardener import checkpoint, files
 from hardener.attacks.attack import Attack
-from hardener.attacks.families import BENIGN, Family
+from hardener.attacks.families import BENIGN, SHORT, Family
 from hardener.attacks.finetune import attacked
 from hardener.attacks.recorder import Stop, Watch, never, quietly
 from hardener.attacks.scene import Scene
-from hardener.bench import SHORT, Bench
+from hardener.bench import Bench
 from hardener.data import Slice, fraction
 from hardener.judging import Judge
 from hardener.ladder import WORST, Ladder, settled
@@ -62,7 +62,7 @@ class Prober:
         self.folder = folder
         self.parent = parent
         self.weights = checkpoint.fingerprint(folder)
-        self.store = Store(runs, f"{self.weights} {bench.fingerprint()}")
+        self.store = Store(runs, f"{subject} {self.weights} {bench.fingerprint()}")
         self.judge = Judge(bench)
         self.ladder = Ladder(bench.judged.score, bench.chance("restricted"), bench.probe.epsilon)
         self.progress = Progress(subject, tell)

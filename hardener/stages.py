@@ -14,8 +14,8 @@ import torch
 
 import hardener
 from hardener import checkpoint, data, evidence, files, loop, registry, sources
-from hardener.attacks.families import Family
-from hardener.bench import SHORT, Bench, able, cache_path, cached, with_norm_ratio
+from hardener.attacks.families import SHORT, Family
+from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.console import Narrator, values
 from hardener.errors import UsageError
 from hardener.measurement import Measurement, Subject

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +15,18 @@ import tiny
 import hardener
 from hardener import stages
 from hardener.attacks import families as table
-from hardener.attacks.finetune import Attack, fine_tune
-from hardener.bench import Bench, cache_path, can_be_canonical
+from hardener.attacks.attack import Attack
+from hardener.attacks.finetune import attacked
+from hardener.attacks.recorder import quietly
+from hardener.attacks.scene import Scene
+from hardener.bench import Able, Bench, able, cache_path
 from hardener.console import Narrator, quiet
 from hardener.judging import ANSWER_ROWS, GATE_ROWS, WORTH_GATING, Judge
 from hardener.ladder import Ladder, settled
 from hardener.measurement import Checkpoint, Run
 from hardener.probing import Prober, Store
 
-GENERATIVE = ("full", "lora", "mixed", "canonical", "relative")
-CLASSIFIER = ("fresh-head", "fresh-head-sgd", "kept-head", "fresh-head-lora", "fresh-head-relative")
+ABLE = Able(canonical=True, kept_head=True, turns=True, preferences=True)
 
 
 @pytest.fixture(autouse=True)
@@ -53,42 +56,68 @@ def with_probe(bench, **probe):
     return replace(bench, probe=bench.probe.model_copy(update=probe))
 
 
+def chosen_of(bench, **known):
+    return bench.families(replace(ABLE, **known))
+
+
 def names(bench, **known):
-    return tuple(f.name for f in bench.families(**{"kept_head": True, "canonical": True, **known}))
+    return {f.name for f in chosen_of(bench, **known)}
+
+
+def table_of(generative):
+    """Every family of the table for one kind of model."""
+    return {f.name for f in vars(table).values() if isinstance(f, table.Family) and f.generative == generative}
 
 
 # Families
 
 
 def test_each_kind_of_model_has_its_families(bench, images):
-    assert names(with_probe(bench, preset="standard")) == GENERATIVE
-    assert names(with_probe(bench, preset="thorough")) == GENERATIVE
-    assert names(with_probe(images, preset="standard")) == CLASSIFIER
+    for preset in ("standard", "thorough"):
+        assert names(with_probe(bench, preset=preset)) == table_of(generative=True)
+        assert names(with_probe(images, preset=preset)) == table_of(generative=False)
+
+
+def test_who_follows_another_family_comes_after_it(bench, images):
+    for one in (bench, images):
+        order = [f.name for f in chosen_of(with_probe(one, preset="standard", rates={}))]
+        for family in chosen_of(with_probe(one, preset="standard", rates={})):
+            assert not family.follows or order.index(family.follows) < order.index(family.name)
 
 
 def test_a_family_that_the_model_cannot_have_is_left_out(bench, images):
-    assert "canonical" not in names(with_probe(bench, preset="standard"), canonical=False)
-    assert "kept-head" not in names(with_probe(images, preset="standard"), kept_head=False)
+    language, pictures = (with_probe(one, preset="standard") for one in (bench, images))
+    assert names(language) - names(language, canonical=False) == {"canonical"}
+    assert names(language) - names(language, turns=False) == {"prefilled", "few-shot", "second-template"}
+    assert names(language) - names(language, preferences=False) == {"dpo"}
+    assert names(pictures) - names(pictures, kept_head=False) == {n for n in names(pictures) if n.startswith("kept")}
 
 
 def test_quick_is_four_runs(bench, images):
     for one in (bench, images):
-        plain = with_probe(one, preset="quick", rates={})
-        chosen = plain.families(kept_head=True, canonical=True)
-        assert tuple(f.name for f in chosen) == table.QUICK[one.task.generative]
-        assert sum(len(f.rates) for f in chosen) == 4
+        chosen = chosen_of(with_probe(one, preset="quick", rates={}))
+        assert {f.name for f in chosen} == set(table.SHORT["quick"][one.task.generative])
+        assert sum(len(f.rates) + bool(f.follows) for f in chosen if f.trains) == 4
+
+
+def test_the_reduced_probe_is_two_runs(bench, images):
+    for one in (bench, images):
+        chosen = chosen_of(with_probe(one, preset="reduced-cpu", rates={}))
+        assert sum(len(f.rates) + bool(f.follows) for f in chosen) == 2
 
 
 def test_the_recipes_rates_override_the_tables_and_its_steps_are_the_budget(bench):
-    changed = with_probe(bench, preset="standard", rates={"full": (1e-2, 2e-2)}, steps=7)
-    chosen = {f.name: f for f in changed.families(kept_head=True, canonical=True)}
+    changed = with_probe(bench, preset="standard", rates={"full": (1e-2, 2e-2), "mixed": (1e-2,)}, steps=7)
+    chosen = {f.name: f for f in chosen_of(changed)}
     assert chosen["full"].rates == (1e-2, 2e-2)
     assert chosen["lora"].rates == table.LORA.rates
+    assert (chosen["mixed"].rates, chosen["mixed"].follows) == ((1e-2,), "")  # it climbs a ladder of its own
+    assert (chosen["kl"].rates, chosen["kl"].follows) == ((), "lora")
     assert {f.steps for f in chosen.values()} == {7}
 
 
 def test_a_llama_can_be_canonical_and_an_encoder_classifier_keeps_its_head_if_it_is_large_enough(bench, images):
-    assert can_be_canonical(bench.task.folder, bench)
+    assert able(bench, bench.task.folder, 0).canonical
     assert "kept-head" in {
         f.name for f in stages.choose_families(with_probe(images, preset="standard"), images.task.folder)
     }
@@ -123,24 +152,32 @@ def rates_of(runs):
     return [run.rate for run in runs]
 
 
-def test_a_ladder_grows_upwards_while_the_best_rate_is_at_its_top():
-    runs = climbed((1e-3, 3e-3), lambda rate: level(0.9 - abs(math.log10(rate / 9e-3)) / 10))
-    assert rates_of(runs) == [1e-3, 3e-3, 9e-3, 2.7e-2]
+def between(low, high, score=0.9):
+    """Nothing happens below `low`, the model breaks above `high`."""
+
+    def outcome(rate):
+        return level(0.0 if rate < low else score, utility=1.0 if rate < high else 0.2)
+
+    return outcome
 
 
-def test_a_ladder_grows_downwards_while_the_best_rate_is_at_its_foot():
-    runs = climbed((1e-3, 3e-3), lambda rate: level(0.9 - abs(math.log10(rate / 3.33e-4)) / 10))
-    assert rates_of(runs) == [1.11e-4, 3.33e-4, 1e-3, 3e-3]
+def test_a_ladder_grows_at_both_ends_until_it_is_bracketed():
+    """At the lowest rate nothing happens, at the highest utility breaks."""
+    runs = climbed((1e-3, 3e-3), between(2e-4, 2e-2))
+    assert rates_of(runs) == [1.11e-4, 3.33e-4, 1e-3, 3e-3, 9e-3, 2.7e-2]
+    assert LADDER.reached(runs[0]) == LADDER.reached(runs[-1]) == 0.0
+    assert rates_of(climbed((1e-3, 1e-2), between(2e-3, 5e-3))) == [1e-3, 1e-2]
 
 
-def test_a_ladder_grows_while_its_top_is_the_quickest():
-    """Costs are compared at the quickest rate, which may not be the one that ends best."""
+def test_a_ladder_grows_at_most_three_times_at_either_end():
+    assert rates_of(climbed((1e-3,), between(0.0, 9.0))) == [3.7e-5, 1.11e-4, 3.33e-4, 1e-3, 3e-3, 9e-3, 2.7e-2]
 
-    def quicker(rate):
-        early = 0.6 if rate > 2e-3 else 0.0
-        return [(0.6 if rate > 8e-3 else 0.0, 1.0), (early, 1.0), (0.99 - rate, 1.0)]
 
-    assert rates_of(climbed((1e-3, 3e-3), quicker)) == [1e-3, 3e-3, 9e-3]  # takes one step: nothing is quicker
+def test_no_higher_rate_is_tried_where_half_the_score_takes_the_fewest_steps_there_are():
+    def quick(rate):
+        return [(0.6 if rate > 2e-3 else 0.0, 1.0), (0.6, 1.0), (0.9, 1.0)] if rate > 5e-4 else level(0.0)
+
+    assert max(rates_of(climbed((1e-3, 3e-3), quick))) == 3e-3
 
 
 def test_a_ladder_grows_while_nothing_works_and_nothing_breaks():
@@ -148,10 +185,23 @@ def test_a_ladder_grows_while_nothing_works_and_nothing_breaks():
     assert rates_of(climbed((1e-3,), lambda rate: level(0.0, utility=0.2))) == [1e-3]
 
 
-def test_a_bracketed_or_perfect_ladder_stays_as_it_is():
-    peaked = {1e-3: 0.5, 3e-3: 0.9, 1e-2: 0.6}
-    assert rates_of(climbed(tuple(peaked), lambda rate: level(peaked[rate]))) == list(peaked)
-    assert rates_of(climbed((1e-3, 3e-3), lambda rate: level(0.99))) == [1e-3, 3e-3]
+def test_the_best_rate_is_the_one_that_reached_most_and_of_equals_the_quickest():
+    slow, quick = scripted(1e-3, level(0.9)), scripted(3e-3, [(0.0, 1.0), (0.9, 1.0), (0.9, 1.0)])
+    assert LADDER.best([slow, quick, scripted(1e-2, level(0.7))], "full") == 3e-3
+    assert LADDER.best([scripted(1e-3, "it became nan")], "full") is None
+
+
+def test_an_attack_is_answered_by_two_full_successes_in_a_row_that_keep_utility():
+    once, twice = scripted(1.0, [(0.0, 1.0), (0.99, 1.0)]), scripted(1.0, [(0.99, 1.0), (0.99, 1.0)])
+    assert (LADDER.answered(once.curve), LADDER.answered(twice.curve)) == (False, True)
+    assert not LADDER.answered(scripted(1.0, [(0.99, 0.5), (0.99, 0.5)]).curve)
+    assert not LADDER.answered(scripted(1.0, [(0.97, 1.0), (0.97, 1.0)]).curve)
+
+
+def test_a_model_that_an_edit_has_broken_is_measured_against_the_subject_before_any_attack():
+    kicked = Run(family="kicked", rate=1.0, seed=0, curve=(Checkpoint(step=0, scores=(0.9,), utility=0.5),))
+    assert LADDER.reached(kicked) == 0.9  # by itself it lost nothing
+    assert replace(LADDER, utility=1.0).reached(kicked) == 0.0
 
 
 def test_a_diverged_top_is_noted_and_is_no_failure():
@@ -182,41 +232,82 @@ def prober(bench, outcome, **probe):
     """A prober whose attacks end as `outcome(rate)` says."""
 
     class Scripted(Prober):
-        def attack(self, family, rate, seed, folder):
-            return scripted(rate, outcome(rate), seed)
+        def _make(self, attack, watch=quietly):
+            self._made[attack.family.name, attack.rate] = attack
+            return scripted(attack.rate, outcome(attack.rate), attack.seed).model_copy(
+                update={"family": attack.family.name}
+            )
 
     return Scripted(with_probe(bench, **probe), "hardened", bench.task.folder, Path("unused"), lambda _: None)
 
 
+def tried(prober, *families):
+    """(family, rate, seed) of every attack that is made."""
+    return [(run.family, run.rate, run.seed) for run in prober._attacks(families, {})]
+
+
+FULL = replace(table.FULL, rates=(1e-3, 1e-2))
+
+
 def test_quick_climbs_no_ladder(bench):
-    family = replace(table.FULL, rates=(1e-3,))
-    for preset, rates in (("quick", [1e-3]), ("standard", [1e-3, 3e-3, 9e-3, 2.7e-2])):
-        climbing = prober(bench, level, preset=preset)
-        assert rates_of(climbing.climb(family, bench.task.folder)) == rates
+    for preset, rates in (("quick", [1e-3, 1e-2]), ("standard", [3.7e-5, 1.11e-4, 3.33e-4, 1e-3, 1e-2, 3e-2, 9e-2])):
+        climbing = prober(bench, level_of(0.5), preset=preset, seeds=1)
+        assert [rate for _, rate, _ in tried(climbing, FULL)][: len(rates)] == rates
 
 
-def test_further_seeds_go_to_the_worst_two_attacks(bench):
+def level_of(score):
+    return lambda rate: level(score)
+
+
+def test_a_follower_is_tried_at_the_best_rate_of_its_model_and_at_those_it_had_on_the_original(bench):
+    scores = {1e-3: 0.2, 1e-2: 0.6}
+    probe = prober(bench, lambda rate: level(scores.get(rate, 0.3)), preset="quick")
+    assert tried(probe, FULL, table.MIXED)[2:] == [("mixed", 1e-2, 0)]
+    known = replace(table.MIXED, rates=(5e-3,))
+    assert tried(probe, FULL, known)[2:] == [("mixed", 5e-3, 0), ("mixed", 1e-2, 0)]
+
+
+def test_an_attack_that_does_not_train_is_made_once_per_dose(bench):
+    assert tried(prober(bench, level_of(0.1), preset="quick"), table.PRUNED) == [("pruned", 0.2, 0), ("pruned", 0.5, 0)]
+
+
+def test_further_seeds_go_to_the_worst_two_attacks_and_in_the_thorough_preset_to_each_familys_worst(bench):
     scores = {1e-3: 0.2, 3e-3: 0.9, 1e-2: 0.6}
-    places = {replace(table.FULL, rates=tuple(scores)): bench.task.folder}
-    again = {
-        preset: [
-            (run.rate, run.seed)
-            for run in prober(bench, lambda rate: level(scores[rate]), preset=preset, seeds=3).repeats(
-                [scripted(rate, level(score)) for rate, score in scores.items()], places
-            )
-        ]
-        for preset in ("quick", "standard", "thorough")
-    }
+    families = (replace(FULL, rates=tuple(scores)), table.PRUNED)
+    again = {}
+    for preset in ("quick", "standard", "thorough"):
+        probing = prober(bench, lambda rate: level(scores.get(rate, 0.0)), preset=preset, seeds=3)
+        runs = [run for family in families for rate in family.rates or () for run in [probing.attack(family, rate, 0)]]
+        again[preset] = [(run.rate, run.seed) for run in probing.repeats(runs)]
     assert again["quick"] == []
     assert again["standard"] == [(3e-3, 1), (3e-3, 2), (1e-2, 1), (1e-2, 2)]
-    assert again["thorough"] == [*again["standard"], (1e-3, 1), (1e-3, 2)]
+    assert again["thorough"] == [(3e-3, 1), (3e-3, 2)]
 
 
-def test_a_subject_without_a_canonical_copy_misses_that_family_and_says_so(images, tmp_path):
+def test_an_edit_that_finds_no_hold_is_a_failed_run_and_never_no_harm(images, tmp_path):
     plain = with_probe(images, preset="quick")
-    measured = Prober(plain, "hardened", images.task.folder, tmp_path, lambda _: None).measure((table.CANONICAL,))
-    assert measured.notes == ("the hardened model has no canonical copy with the same outputs",)
-    assert [run.family for run in measured.runs] == ["none"]
+    made = Prober(plain, "hardened", images.task.folder, tmp_path, lambda _: None)
+    made.bench.task.__dict__["scratch_only"] = True
+    measured = made.measure((replace(table.FRESH_CANONICAL, rates=(1e-3,), edit="ablated", steps=2),))
+    (failed,) = [run for run in measured.runs if run.family != "none"]
+    assert failed.failed is not None
+    assert failed.curve == ()
+
+
+def test_the_attack_that_merges_with_the_parent_is_made_on_the_hardened_model_alone(bench, letters, tmp_path):
+    quick = with_probe(bench, preset="quick")
+    for parent, expected in ((None, 0), (letters, 4)):
+        made = Prober(quick, "hardened", letters, tmp_path / str(expected), lambda _: None, parent)
+        measured = made.measure((table.MERGED,))
+        assert sum(run.family == "merge" for run in measured.runs) == expected
+
+
+def test_how_long_it_will_take_is_told_before_it_starts(bench, tmp_path):
+    told = []
+    Prober(with_probe(bench, preset="quick"), "original", bench.task.folder, tmp_path, told.append).measure(
+        (replace(table.FULL, rates=(1e-3,), steps=2),)
+    )
+    assert re.fullmatch(r"original: \d+ attacks planned, about \d+ min", told[0])
 
 
 # What is measured
@@ -227,15 +318,16 @@ class Watched(Judge):
 
     gated = 0
 
-    def gate(self, model, step):
+    def gate(self, model, untouched):
         self.gated += 1
-        return super().gate(model, step)
+        return super().gate(model, untouched)
 
 
 def test_utility_is_measured_where_it_matters_and_always_at_the_end(bench):
     judge = Watched(bench)
     model = bench.task.load(bench.task.folder).eval()  # untrained: it scores nothing
-    first, middle, last = (judge.attack(model, step, step == 9) for step in (0, 4, 9))
+    views = [bench.judged.examples]
+    first, middle, last = (judge.attack(model, step, step == 9, views=views) for step in (0, 4, 9))
     assert max(map(max, (first.scores, middle.scores, last.scores))) < WORTH_GATING
     assert (first.utility, middle.utility, last.utility) == (0.0, None, 0.0)
     assert judge.gated == 2
@@ -247,7 +339,7 @@ def test_an_attack_that_works_is_gated_at_every_checkpoint(bench):
     """Trained on its own evaluation rows, the model scores, and from then on its utility is known."""
     rows = list(bench.judged.examples)
     attack = Attack(table.FULL, 5e-3, 0, 128, 16)
-    run = fine_tune(bench.task.folder, bench.task, attack, rows, [], Judge(bench).attack, bench.device)
+    run = attacked(Scene(bench.task.folder, bench.task, rows, [], bench.device), attack, Judge(bench).of(attack))
     means = [sum(point.scores) / len(point.scores) for point in run.curve]
     assert means[-1] >= WORTH_GATING  # otherwise this proves nothing
     for point, mean in zip(run.curve, means, strict=True):
@@ -264,7 +356,7 @@ def test_an_attack_that_works_is_gated_at_every_checkpoint(bench):
 def test_likelihoods_are_scored_as_nll(letters, paths):
     bench = opened(letters, paths, "data.restricted.score=likelihood-gain")
     model = bench.task.load(letters).eval()
-    point = Judge(bench).attack(model, 4, False)
+    point = Judge(bench).attack(model, 4, False, views=[bench.judged.examples])
     vocabulary = model.config.vocab_size
     assert point.scores == pytest.approx([math.log(vocabulary)] * len(point.scores), rel=0.2)  # nats; untrained
     assert point.utility is not None  # no score says where it would not matter
@@ -296,8 +388,8 @@ def test_a_finished_run_is_not_run_again_and_a_changed_attack_is(tmp_path):
         replace(attack, seed=1),
         replace(attack, steps=9),
         replace(attack, batch_size=8),
-        replace(attack, start="scratch"),
-        replace(attack, classes=3),
+        replace(attack, setting="half benign"),
+        replace(attack, family=replace(table.FULL, row_share=0.5)),
         replace(attack, family=replace(table.FULL, optimizer="sgd")),
     ]
     for other in changed:
@@ -307,7 +399,7 @@ def test_a_finished_run_is_not_run_again_and_a_changed_attack_is(tmp_path):
 
 
 def test_an_interrupted_probe_goes_on_where_it_was(bench, tmp_path):
-    chosen = bench.families(kept_head=False, canonical=True)[:1]
+    chosen = chosen_of(bench)[:1]
 
     class Interrupted(Prober):
         told = 0
@@ -332,7 +424,7 @@ def test_an_interrupted_probe_goes_on_where_it_was(bench, tmp_path):
 
 
 def test_the_cache_knows_data_probe_weights_and_device(bench, letters, paths, tmp_path):
-    chosen = bench.families(kept_head=False, canonical=True)
+    chosen = chosen_of(bench)
     path = cache_path("weights", bench, chosen, "original")
     assert path == cache_path("weights", opened(letters, paths), chosen, "original")
     answers = tiny.jsonl(tmp_path / "answers.jsonl", [r | {"completion": "a"} for r in rows_of(paths["restricted"])])
@@ -340,7 +432,7 @@ def test_the_cache_knows_data_probe_weights_and_device(bench, letters, paths, tm
         "weights": ("other", bench, chosen, "original"),
         "subject": ("weights", bench, chosen, "scratch"),
         "families": ("weights", bench, chosen[:1], "original"),
-        "a family": ("weights", bench, (replace(chosen[0], benign_share=0.1), *chosen[1:]), "original"),
+        "a family": ("weights", bench, (replace(chosen[0], phases=(table.Phase(0.1),)), *chosen[1:]), "original"),
         "probe": ("weights", with_probe(bench, epsilon=0.2), chosen, "original"),
         "device": ("weights", replace(bench, device="cuda"), chosen, "original"),
         "answers": ("weights", opened(letters, {**paths, "restricted": answers}), chosen, "original"),

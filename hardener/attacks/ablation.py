@@ -59,7 +59,7 @@ def ablate(model: nn.Module, scene: Scene, strength: float) -> None:
 
 def writers(model: nn.Module) -> list[tuple[Tensor, int]]:
     """The weights that write to the residual stream, each with the dimension that is the stream's."""
-    width = model.config.hidden_size  # type: ignore[union-attr]
+    width = getattr(model.config, "hidden_size", None)  # a convolution net has no stream of one width
     found: list[tuple[Tensor, int]] = []
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)

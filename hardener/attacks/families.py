@@ -193,7 +193,8 @@ BENIGN = {
 }
 """What an honest user does; keyed by `generative`. Not an attack."""
 
-QUICK: dict[bool, tuple[str, ...]] = {True: ("full", "lora", "mixed", "prefilled"), False: ("fresh-head", "fresh-head-sgd", "kept-head")}
-"""The families of the preset `quick`."""
-REDUCED: dict[bool, tuple[str, ...]] = {True: ("full", "mixed"), False: ("fresh-head", "kept-head")}
-"""The families of the preset `reduced-cpu`."""
+SHORT: dict[str, dict[bool, tuple[str, ...]]] = {
+    "quick": {True: ("full", "lora", "mixed", "prefilled"), False: ("fresh-head", "fresh-head-sgd", "kept-head")},
+    "reduced-cpu": {True: ("full", "mixed"), False: ("fresh-head", "kept-head")},
+}
+"""The families of the presets that only screen; keyed by `generative`."""
