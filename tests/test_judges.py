@@ -148,6 +148,20 @@ def test_a_text_longer_than_the_classifier_reads_is_cut(panel: Panel) -> None:
     assert found.votes[0][0] is True
 
 
+def test_a_text_is_cut_to_the_positions_that_a_roberta_has_left(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer = pairing(demo.letters_tokenizer())
+    config = RobertaConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 16, "max_position_embeddings": 34, "pad_token_id": 0, "type_vocab_size": 2},
+    )
+    folder = tiny.saved(RobertaForSequenceClassification(config), tokenizer, tmp_path / "roberta")
+    judge = Classifier(choose(folder, "classifier", "LABEL_1"), CPU)
+    long, longer = (("copy a", " ".join("n" * n)) for n in (200, 500))
+    assert judge.scores([long]) == judge.scores([longer])
+
+
 def test_the_threshold_decides_the_vote_and_not_the_score(classifier: Path) -> None:
     member = Classifier(choose(classifier, "classifier", "restricted"), CPU)
     score = member.scores([("copy a b", "a n a n")])[0]
@@ -476,9 +490,9 @@ def test_collapse_is_told_apart_from_refusal_and_from_harm() -> None:
 
 
 def test_the_word_of_a_guard_on_refusals_comes_before_the_openings() -> None:
-    found = judged((0.0,), (0.0,), (0.0,), refused=(True, False, None))
-    answers = [answer("A plain line.")] * 3
-    assert judges.shares(found, answers, [False, True, True])["refused"] == pytest.approx(2 / 3)
+    found = judged((0.0,), (0.0,), (0.0,), (0.0,), refused=(True, True, False, None))
+    answers = [answer("A plain line.")] * 4
+    assert judges.shares(found, answers, [False, False, True, True])["refused"] == 3 / 4
 
 
 def test_answers_of_a_model_go_through_the_whole_chain(letters: Path, panel: Panel) -> None:
