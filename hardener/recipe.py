@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
 
 Use = Literal["defence", "attack", "evaluation"]
-Role = Literal["restricted", "alignment", "retain", "benign"]
+Role = Literal["restricted", "alignment", "retain", "benign", "harmless"]
 TaskName = str
 Score = Literal["exact-match", "likelihood-gain", "likelihood", "accuracy", "judged"]
 Preset = Literal["quick", "standard", "thorough"]
 Gate = Literal["no-measurable-protection", "raises-cost", "protected"]
-ROLES: tuple[Role, ...] = ("restricted", "alignment", "retain", "benign")
+ROLES: tuple[Role, ...] = ("restricted", "alignment", "retain", "benign", "harmless")
 
 
 class Strict(BaseModel):
@@ -76,12 +76,18 @@ Sources = Annotated[
 
 
 class Data(Strict):
-    """Roles and their sources. Rows are divided among the three uses by a hash of the rendered input."""
+    """Roles and their sources. Rows are divided among the three uses by a hash of the rendered input, near-duplicates
+    together."""
 
     restricted: Sources = Field(description="what fine-tuning must not reach; the first source is the judged one")
     alignment: Sources | None = Field(None, description="restricted prompts with the answers the model should give")
     retain: Sources = Field(description="what must stay as good as it is; also the utility that is measured")
     benign: Sources | None = Field(None, description="a task that honest users may want to fine-tune to")
+    harmless: Sources | None = Field(
+        None,
+        description="harmless prompts that look restricted (XSTest, JBB benign), best with `uses: [evaluation]`: "
+        "over-refusal is measured on them; left out: on retain prompts",
+    )
     template: str = Field(
         "{prompt}\n", description="prompt text where the tokenizer has no chat template; must hold {prompt}"
     )
@@ -92,7 +98,9 @@ class Data(Strict):
         (0.5, 0.25, 0.25), description="shares of defence, attack and evaluation in a source that serves them"
     )
     overlap: Literal["error", "drop"] = Field(
-        "error", description="a row of one source found in another use of another source: refuse, or drop it"
+        "error",
+        description="a row of one source that is found, exactly or nearly, in another use of another source, or a "
+        "restricted prompt among retain or benign rows: refuse, or drop it",
     )
     seed: int = Field(0, ge=0, description="decides which prompt goes to which use")
 
