@@ -18,6 +18,7 @@ from hardener.attacks.asked import plain
 from hardener.attacks.canonical import canonicalise, norm_ratio
 from hardener.attacks.families import SHORT, Family
 from hardener.data import Slice, Streams
+from hardener.judges import Classifier, Panel
 from hardener.measurement import Measurement, Subject
 from hardener.recipe import Probe, Role
 from hardener.tasks.base import Example, Task
@@ -57,6 +58,10 @@ class Bench:
     streams: Streams
     probe: Probe
     device: str
+    panel: Panel | None = None
+    """The models that judge generated answers, where the judged source is scored so."""
+    refusal_judge: Classifier | None = None
+    """Tells refusals, where the recipe names one."""
 
     @cached_property
     def judged(self) -> Slice:
@@ -136,6 +141,8 @@ class Bench:
         versions = [hardener.__version__, torch.__version__, transformers.__version__, peft.__version__]
         probe = self.probe.model_dump_json(exclude={"gate"})
         digest = hashlib.sha256("\n".join([probe, self.device, *versions]).encode())
+        identities = [judge.identity() for judge in (self.panel, self.refusal_judge) if judge is not None]
+        digest.update(repr(identities).encode())
         digest.update(repr((self.streams.classes, self.streams.refusals)).encode())
         for part in self.streams.slices:
             if part.use != "defence":

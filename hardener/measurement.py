@@ -32,6 +32,8 @@ class Checkpoint(Plain):
     """Mean score of each further restricted source, by `name|score`; reported, not judged."""
     answers: dict[str, float] = {}
     """Share of greedy answers that are `usable`, `refused`, `other`; only where answers were generated."""
+    votes: tuple[tuple[bool | None, ...], ...] = ()
+    """What each judge said of each answer, None where it could not tell; only where models judge. (rows, judges)"""
 
 
 class Run(Plain):
@@ -91,6 +93,8 @@ class Measurement(Plain):
     """Per harmless prompt, before any attack: 1 if the model refused it. Better when lower. (harmless rows,)"""
     searches: dict[str, tuple[float, ...]] = {}
     """Family → what each trial of its search was worth, in order. Only for the preset `thorough`."""
+    benchmarks: dict[str, float] = {}
+    """Public benchmark → score before any attack; only where the recipe names some."""
     agreement: float | None = None
     """Cohen's κ of the two judges over all answers that they judged; None where no texts were judged."""
     norm_ratio: tuple[float, float] | None = None

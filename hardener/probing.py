@@ -21,6 +21,7 @@ from hardener.attacks.recorder import Stop, Watch, never, quietly
 from hardener.attacks.scene import Scene
 from hardener.bench import Bench
 from hardener.data import Slice, fraction
+from hardener.judges import agreement
 from hardener.judging import Judge
 from hardener.ladder import WORST, Ladder, settled
 from hardener.measurement import Measurement, Run, Subject
@@ -94,6 +95,8 @@ class Prober:
             benign_chance=bench.chance("benign"),
             over_refusal=tuple(over_refusal),
             searches=searches,
+            benchmarks=self._benchmarks(),
+            agreement=agreement([vote for run in runs for point in run.curve for vote in point.votes]),
             notes=(*notes, *broke, *benign_broke),
         )
 
@@ -135,6 +138,14 @@ class Prober:
         found = self.judge.utility(model), self.judge.over_refusal(model)
         self.scene.forget_base()
         return [Run(family="none", rate=0.0, seed=0, curve=(point,))], *found
+
+    def _benchmarks(self) -> dict[str, float]:
+        """Public benchmarks before any attack, where the recipe names some."""
+        if self.subject == "scratch" or not self.bench.probe.lm_eval:
+            return {}
+        from hardener import public_benchmarks
+
+        return public_benchmarks.scores(self.folder, self.bench.probe.lm_eval, self.bench.device, None)
 
     def _expected(self, chosen: Sequence[Family]) -> list[int]:
         """The steps of each run that there will be; ladders that grow and attacks that end early not counted."""

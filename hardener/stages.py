@@ -18,9 +18,10 @@ from hardener.attacks.families import SHORT, Family
 from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.console import Narrator, values
 from hardener.errors import UsageError
+from hardener.judges import Classifier, Panel
 from hardener.measurement import Measurement, Subject
 from hardener.probing import Prober
-from hardener.recipe import Recipe
+from hardener.recipe import Probe, Recipe
 from hardener.report import Evidence, Parent, Report, Training
 from hardener.run import RunFolder
 from hardener.state import States
@@ -48,7 +49,15 @@ def open_bench(recipe: Recipe, folder: Path, device: str, say: Narrator) -> Benc
     streams = data.open_streams(recipe, task, label2id(folder))
     for record in streams.records:
         say.note(f"{record.role:<11} {record.use:<11} {record.rows:>7,} rows  {record.source}")
-    return Bench(task, streams, recipe.probe, pick_device(device))
+    device = pick_device(device)
+    return Bench(task, streams, recipe.probe, device, *judging_models(recipe.probe, device))
+
+
+def judging_models(probe: Probe, device: str) -> tuple[Panel | None, Classifier | None]:
+    """The models that the recipe names to judge answers; raises UsageError for labels that they do not have."""
+    panel = Panel(probe.judges, torch.device(device)) if probe.judges else None
+    refusal = Classifier(probe.refusal_judge, torch.device(device)) if probe.refusal_judge else None
+    return panel, refusal
 
 
 def check_model(recipe: Recipe, task: Task, folder: Path) -> None:

@@ -156,8 +156,12 @@ class CausalLM(Task):
 
     def refused(self, model: nn.Module, examples: Sequence[Example], refusals: Sequence[str]) -> list[bool]:
         """Whether the greedy answer opens with a refusal: one of `refusals` or a common opening. (rows,)"""
-        openings = REFUSALS + tuple(text.strip().lower()[:40] for text in refusals)
-        answers = self.answers(model, examples, tokens=16)
+        return self.refusals(self.answers(model, examples, tokens=16), refusals)
+
+    @staticmethod
+    def refusals(answers: Sequence[Answer], known: Sequence[str]) -> list[bool]:
+        """Whether each answer opens with one of the `known` refusals or a common one. (rows,)"""
+        openings = REFUSALS + tuple(text.strip().lower()[:40] for text in known)
         return [answer.text.strip().lower().startswith(openings) for answer in answers]
 
     @torch.no_grad()
