@@ -20,13 +20,14 @@ import typer
 from pydantic import BaseModel
 
 from hardener import card, cli, errors, pipeline, plan, push, recipe_file, registry, report, summary, verdict
-from hardener.attacks.families import BENIGN, QUICK, Family
+from hardener.attacks.families import BENIGN, SHORT, Family
 from hardener.checks import scientific
 from hardener.defenses.configs import CONFIGS
 from hardener.recipe import (
     CardChoice,
     Data,
     DefenseChoice,
+    JudgeModel,
     Lora,
     Paper,
     Probe,
@@ -49,6 +50,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     *((f"`defense` with `name: {name}`", config) for name, config in CONFIGS.items()),
     ("`train`", Train),
     ("`probe`", Probe),
+    ("A judge: `probe.judges.N`, `probe.refusal_judge`", JudgeModel),
     ("`card`", CardChoice),
 )
 
@@ -171,9 +173,9 @@ def attacks() -> str:
     rows = []
     for name in registry.BUILT_IN["attacks"]:
         family: Family = registry.find("attacks", name)
-        rows.append(family_row(family, "yes" if name in QUICK[family.generative] else ""))
-    rows += [family_row(family, "") for family in BENIGN.values()]
-    columns = ("Family", "What it is", "Attacks", "Trains", "Optimizer", "First ladder of rates", "In `quick`")
+        rows.append(family_row(family, [preset for preset, short in SHORT.items() if name in short[family.generative]]))
+    rows += [family_row(family, []) for family in BENIGN.values()]
+    columns = ("Family", "What it is", "Attacks", "Trains", "Optimizer", "Tried at", "Also in")
     return page(
         [
             "# Attack families",
@@ -187,19 +189,27 @@ def attacks() -> str:
     )
 
 
-def family_row(family: Family, quick: str) -> tuple[str, ...]:
+def family_row(family: Family, presets: list[str]) -> tuple[str, ...]:
     """One family in words."""
-    rates = ", ".join(scientific(rate) for rate in family.rates)
-    trains = "LoRA" if family.lora else "all weights"
+    trains = {"all": "all weights", "lora": "LoRA", "head": "the head"}[family.scope] if family.trains else "nothing"
     return (
         f"`{family.name}`",
-        family.title,
+        family.title + (" (stands outside the verdict)" if family.needs_parent else ""),
         "language models" if family.generative else "classifiers",
         trains if family.head == "kept" else f"{trains}, fresh head",
-        family.optimizer,
-        rates,
-        quick,
+        family.optimizer if family.trains else "–",
+        tried_at(family),
+        ", ".join(f"`{preset}`" for preset in presets),
     )
+
+
+def tried_at(family: Family) -> str:
+    """The family's ladder, its doses, or the family whose best rate it takes."""
+    if family.follows:
+        return f"the best rate of `{family.follows}`"
+    if family.doses:
+        return "doses " + ", ".join(f"{dose:g}" for dose in family.doses)
+    return "a ladder from " + ", ".join(scientific(rate) for rate in family.rates)
 
 
 def not_tried() -> tuple[str, ...]:

@@ -19,7 +19,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "image-classification": (("image", "label"),),
 }
 SCORES: dict[str, tuple[str, ...]] = {
-    "causal-lm": ("exact-match", "likelihood-gain", "likelihood"),
+    "causal-lm": ("exact-match", "likelihood-gain", "likelihood", "judged"),
     "sequence-classification": ("accuracy",),
     "image-classification": ("accuracy",),
 }
@@ -143,9 +143,28 @@ def _probe(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             ("probe", "gate"), f"the preset {probe.preset} never certifies; a gate needs standard or thorough"
         )
+    yield from _judges(recipe)
     if probe.max_steps < probe.steps:
         text = f"max_steps ({probe.max_steps}) is less than steps ({probe.steps})"
         yield Problem(("probe", "max_steps"), text)
+
+
+def _judges(recipe: Recipe) -> Iterator[Problem]:
+    probe = recipe.probe
+    judged = [(role, index) for role, index, source in _all_sources(recipe.data) if source.score == "judged"]
+    if judged and len({judge.model for judge in probe.judges}) < 2:
+        yield Problem(("probe", "judges"), "the score `judged` needs at least two judges of different families")
+    for role, index in judged:
+        if (role, index) != ("restricted", 0):
+            yield Problem(("data", role, index, "score"), "models judge the first restricted source alone")
+    if probe.refusal_judge and probe.refusal_judge.kind != "classifier":
+        yield Problem(("probe", "refusal_judge", "kind"), "refusals are told by a classifier")
+    if recipe.task in FIELDS and recipe.task != "causal-lm":
+        language = {"judges": probe.judges, "refusal_judge": probe.refusal_judge, "lm_eval": probe.lm_eval}
+        for key in (key for key, value in language.items() if value):
+            yield Problem(("probe", key), f"is for language models, not for {recipe.task}")
+        if recipe.data.harmless:
+            yield Problem(("data", "harmless"), f"over-refusal is measured on language models, not on {recipe.task}")
 
 
 def _fits(family: str, recipe: Recipe) -> bool:

@@ -160,14 +160,16 @@ def _text(path: Path, label: str) -> str:
 
 
 def _resolved(value: Any, place: Place, folder: Path) -> Any:
-    """Return the value with every local dataset in it made absolute."""
+    """Return the value with every local dataset and judge in it made absolute."""
     if isinstance(value, dict):
         return {key: _resolved(item, (*place, key), folder) for key, item in value.items()}
     if isinstance(value, list):
         return [_resolved(item, (*place, index), folder) for index, item in enumerate(value)]
-    if not isinstance(value, str) or not re.fullmatch(r"data\.\w+(\.\d+)?\.dataset", dotted(place)):
+    where = dotted(place)
+    dataset = re.fullmatch(r"data\.\w+(\.\d+)?\.dataset", where)
+    if not isinstance(value, str) or not (dataset or re.fullmatch(r"probe\.(judges\.\d+|refusal_judge)\.model", where)):
         return value
-    is_local = value.lower().endswith(LOCAL_SUFFIXES) or value.startswith((".", "~", "/"))
+    is_local = value.startswith((".", "~", "/")) or bool(dataset and value.lower().endswith(LOCAL_SUFFIXES))
     # os.path leaves the ~ of an unknown user as it is, and the file is then missing; pathlib fails with a RuntimeError.
     return str(folder / os.path.expanduser(value)) if is_local else value  # noqa: PTH111
 

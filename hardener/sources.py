@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, Literal
 
 from hardener.errors import DataError
-from hardener.recipe import ROLES, Recipe, Source
+from hardener.recipe import ROLES, Probe, Recipe, Source
 from hardener.tasks.base import Task
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -47,7 +47,19 @@ def pin(recipe: Recipe) -> Recipe:
     for role in ROLES:
         sources: tuple[Source, ...] | None = getattr(recipe.data, role)
         roles[role] = None if sources is None else tuple(_pinned(role, i, s) for i, s in enumerate(sources))
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=roles)})
+    data = recipe.data.model_copy(update=roles)
+    return recipe.model_copy(update={"data": data, "probe": _with_judges(recipe.probe, "pinned")})
+
+
+def _with_judges(probe: Probe, how: Literal["pinned", "published"]) -> Probe:
+    """The probe with its judges pinned to a commit or hash, or named as they may be released."""
+    if not probe.judges and probe.refusal_judge is None:
+        return probe
+    from hardener import judges
+
+    change = {"pinned": judges.pinned, "published": judges.published}[how]
+    refusal = probe.refusal_judge and change(probe.refusal_judge)
+    return probe.model_copy(update={"judges": tuple(map(change, probe.judges)), "refusal_judge": refusal})
 
 
 def _pinned(role: str, index: int, source: Source) -> Source:
@@ -89,7 +101,8 @@ def published(recipe: Recipe) -> Recipe:
         )
         for role in ROLES
     }
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=roles)})
+    data = recipe.data.model_copy(update=roles)
+    return recipe.model_copy(update={"data": data, "probe": _with_judges(recipe.probe, "published")})
 
 
 def rows_of(role: str, index: int, source: Source, task: Task, seed: int) -> Iterator[dict[str, Any]]:

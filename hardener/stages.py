@@ -31,10 +31,10 @@ BUDGET_FACTOR = 16
 """The hardened model is attacked for at least this many times the original's own cost."""
 NOT_TRIED = (
     "reinforcement learning, distillation into another model, and attacks on embeddings or latent states",
-    "prompts that are searched for (jailbreaks), and more than eight examples in a prompt",
-    "more than {steps} optimizer steps, and more than {rows} restricted rows",
+    "prompts that are searched for (jailbreaks), and prompts of more than eight examples",
+    "more steps, rows or compute than the budget above",
 )
-"""What no preset does; printed in every card, beside the families that this run left out."""
+"""What no preset does; printed in every card, after the families of the table that this run left out."""
 
 
 def open_bench(recipe: Recipe, folder: Path, device: str, say: Narrator) -> Bench:
@@ -263,8 +263,17 @@ def judge(
         expected_families=tuple(f.name for f in chosen),
         titles={f.name: f.title for f in chosen},
         planned_steps=bench.probe.steps,
-        not_tried=NOT_TRIED,
+        not_tried=(*left_out(bench, chosen), *NOT_TRIED),
     )
+
+
+def left_out(bench: Bench, chosen: tuple[Family, ...]) -> Iterator[str]:
+    """The families for this kind of model that the preset, the rows or what is installed left out, by their titles."""
+    names = {family.name for family in wanted(chosen, bench)}
+    for name in registry.BUILT_IN["attacks"]:
+        family: Family = registry.find("attacks", name)
+        if family.generative == bench.task.generative and name not in names:
+            yield family.title
 
 
 def report(
