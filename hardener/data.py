@@ -1,23 +1,27 @@
 """Roles → sources → rows → three uses that share no input.
 
 Every row is rendered as the model sees it and hashed; the hash of the *input* (full prompt text, or decoded pixels)
-decides its use: defence, attack or evaluation. The same input in two roles (CTRAP's refusals and harmful answers)
-therefore lands in the same use. An input that a second dataset brings into another use is a leak: an error, or
-dropped if the recipe says so.
+decides its use: defence, attack or evaluation. Near-duplicates (`near.py`) go by one hash, the smallest of theirs. The
+same input in two roles (CTRAP's refusals and harmful answers) therefore lands in the same use. An input that a second
+dataset brings into another use is a leak, and a restricted prompt among a language model's retain or benign rows a
+contamination: an error, or dropped if the recipe says so.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hardener.errors import DataError
+from hardener.near import clusters
 from hardener.recipe import ROLES, Data, Recipe, Role, Source, Use
 from hardener.report import DataRecord
 from hardener.sources import name_of, rows_of
 from hardener.tasks.base import Example, Task
+from hardener.tasks.causal_lm import first_turn
 
 MIN_ROWS = 8
 """Fewer rows than this in a use that is needed cannot train or measure anything."""
@@ -34,6 +38,20 @@ class Slice:
     name: str
     score: str
     examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The encoded rows of one source, before they are divided."""
+
+    role: Role
+    source: Source
+    score: str
+    examples: tuple[Example, ...]
+    texts: dict[str, str]
+    """Key of an example → what its row asks; none for rows without text."""
+    without: int
+    """Rows that gave no example."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +89,12 @@ def open_streams(recipe: Recipe, task: Task, label2id: dict[str, int]) -> Stream
     """Load, render, divide and check all data of a recipe.
 
     `label2id` is the head of the model, which string labels of `retain` follow. Raises DataError for a missing
-    column, a value of the wrong kind, labels that are no classes, an empty use, or a leak.
+    column, a value of the wrong kind, labels that are no classes, an empty use, a leak, or restricted prompts in a
+    role that must be clean of them.
     """
-    divider = Divider(recipe.data)
-    slices: list[Slice] = []
-    records: list[DataRecord] = []
+    parts: list[Loaded] = []
     classes: dict[str, int] = {}
     refusals: set[str] = set()
-    unused: dict[Role, int] = {}
     for role in ROLES:
         sources: tuple[Source, ...] = getattr(recipe.data, role) or ()
         loaded = [(s, list(rows_of(role, i, s, task, recipe.data.seed))) for i, s in enumerate(sources)]
@@ -86,18 +102,56 @@ def open_streams(recipe: Recipe, task: Task, label2id: dict[str, int]) -> Stream
         classes[role] = 0 if task.generative else len(index)
         if role == "alignment":
             refusals = {row["completion"] for _, rows in loaded for row in rows if "completion" in row}
-        for source, rows in loaded:
-            encoded = (task.encode(row | ({"label": index[row["label"]]} if index else {})) for row in rows)
-            examples = [example for example in encoded if example is not None]
-            without = len(rows) - len(examples)
-            unused[role] = unused.get(role, 0) + without
-            made, told = divider.divide(role, source, examples, source.score or task.default_score, without)
-            slices += made
-            records += told
+        parts += [encoded(role, source, rows, index, task) for source, rows in loaded]
+    kin = kin_of(parts)
+    divider = Divider(recipe.data, kin, generative=task.generative)
+    divided = [divider.divide(part) for part in parts]
     known = tuple(sorted(refusals)) if len(refusals) <= 20 else ()
-    streams = Streams(tuple(slices), classes, known, tuple(records), recipe.data.max_length)
-    _check_rows(recipe, streams, unused)
+    slices = tuple(s for made, _ in divided for s in made)
+    records = tuple(r for _, told in divided for r in told)
+    streams = Streams(slices, classes, known, records, recipe.data.max_length)
+    _check_rows(recipe, streams, parts, kin)
     return streams
+
+
+def encoded(role: Role, source: Source, rows: Sequence[dict[str, Any]], index: Mapping[Any, int], task: Task) -> Loaded:
+    """The rows of one source as examples; `index`: label value → class, empty for rows without labels."""
+    examples: list[Example] = []
+    texts: dict[str, str] = {}
+    for row in rows:
+        example = task.encode(row | ({"label": index[row["label"]]} if index else {}))
+        if example is None:
+            continue
+        examples.append(example)
+        if (asked := text_of(row)) is not None:
+            texts[example.key] = asked
+    score = source.score or task.default_score
+    return Loaded(role, source, score, tuple(examples), texts, len(rows) - len(examples))
+
+
+def text_of(row: Mapping[str, Any]) -> str | None:
+    """What a row asks, for the search for near-duplicates: its prompt, its first question, or its text with the pair.
+
+    None for a row without text (an image), whose input is the same as another's only if all of it is.
+    """
+    if "messages" in row:
+        return first_turn(dict(row))[0]
+    texts = [row[field] for field in ("prompt", "text", "text_pair") if field in row]
+    return "\n".join(texts) if texts else None
+
+
+def kin_of(parts: Sequence[Loaded]) -> dict[str, str]:
+    """Key of an input with text → the smallest key among its near-duplicates, which is its own if it has none.
+
+    The smallest in the first source that has any, so that a further source never moves the rows of those before it.
+    """
+    texts = {key: text for part in parts for key, text in part.texts.items()}
+    cluster = dict(zip(texts, clusters(list(texts.values())), strict=True))
+    names: dict[int, str] = {}
+    for part in parts:
+        # In falling order, the smallest key comes last and stays.
+        names = {cluster[key]: key for key in sorted(part.texts, reverse=True)} | names
+    return {key: names[cluster[key]] for key in texts}
 
 
 def labels_of(role: str, rows: Sequence[dict[str, Any]], label2id: dict[str, int] | None) -> dict[Any, int]:
@@ -126,47 +180,85 @@ def labels_of(role: str, rows: Sequence[dict[str, Any]], label2id: dict[str, int
 
 
 class Divider:
-    """Decides the use of every input, once, and keeps the uses disjoint."""
+    """Decides the use of every input, once, and keeps the uses disjoint; `kin`: key → name of its near-duplicates."""
 
-    def __init__(self, data: Data) -> None:
+    def __init__(self, data: Data, kin: Mapping[str, str], *, generative: bool) -> None:
         self._data = data
+        self._kin = kin
         self._use: dict[str, tuple[Use, tuple[Any, ...]]] = {}
+        self._met: set[str] = set()
+        self._restricted: set[str] = set()
+        # What a classifier must not learn is in the labels: the same pictures may show a harmless task as well. A
+        # language model's restricted skill is in the prompts, and to keep or teach an answer to them is to undo the
+        # defence, and to measure it by what it was to prevent.
+        self._clean: tuple[Role, ...] = ("retain", "benign") if generative else ()
 
-    def divide(
-        self, role: Role, source: Source, examples: Sequence[Example], score: str, without: int
-    ) -> tuple[list[Slice], list[DataRecord]]:
-        """Cut one source into its uses; `without`: its rows that gave no example.
+    def divide(self, part: Loaded) -> tuple[list[Slice], list[DataRecord]]:
+        """Cut one source into its uses.
 
-        Raises DataError for a leak, unless the recipe drops such rows.
+        Raises DataError for restricted prompts in a role that must be clean of them, and for a leak, unless the
+        recipe drops such rows.
         """
-        corpus = (source.dataset, source.config, source.split, source.sha256)
-        by_use: dict[Use, list[Example]] = {use: [] for use in source.uses}
-        leaked = 0
-        for example in examples:
-            use, owner = self._use.setdefault(example.key, (self._fresh(source, example.key), corpus))
-            if use in by_use:
-                by_use[use].append(example)
-            elif owner != corpus:
-                leaked += 1
-        if leaked and self._data.overlap == "error":
-            raise DataError(
-                f"data.{role} ({name_of(source)}): {leaked} of {len(examples)} rows have an input that another source "
-                "already uses for another purpose; remove them, or set data.overlap=drop to leave them out"
-            )
-        slices = [Slice(role, use, name_of(source), score, tuple(rows)) for use, rows in by_use.items()]
+        clean = self._without_restricted(part)
+        by_use, leaked = self._by_use(part, clean)
+        dropped = len(part.examples) - len(clean) + leaked + part.without
+        name = name_of(part.source)
+        slices = [Slice(part.role, use, name, part.score, tuple(rows)) for use, rows in by_use.items()]
         records = [
             DataRecord(
-                role=role,
+                role=part.role,
                 use=s.use,
-                source=s.name,
-                revision=source.revision,
+                source=name,
+                revision=part.source.revision,
                 rows=len(s.examples),
                 sha256=hashlib.sha256("".join(sorted(e.key for e in s.examples)).encode()).hexdigest(),
-                dropped=leaked + without,
+                dropped=dropped,
             )
             for s in slices
         ]
         return slices, records
+
+    def _without_restricted(self, part: Loaded) -> list[Example]:
+        """The rows that may stand in their role."""
+        names = {e.key: self._kin.get(e.key, e.key) for e in part.examples}
+        if part.role == "restricted":
+            self._restricted |= set(names.values())
+        if part.role not in self._clean:
+            return list(part.examples)
+        foul = [e for e in part.examples if names[e.key] in self._restricted]
+        if foul and self._data.overlap == "error":
+            raise DataError(
+                f"data.{part.role} ({name_of(part.source)}): {len(foul)} of {len(part.examples)} rows are prompts of "
+                f"data.restricted{self._nearly(foul)}; remove them, or set data.overlap=drop to leave them out"
+            )
+        return [e for e in part.examples if names[e.key] not in self._restricted]
+
+    def _by_use(self, part: Loaded, examples: Sequence[Example]) -> tuple[dict[Use, list[Example]], int]:
+        """Rows by use, and how many leaked."""
+        source = part.source
+        corpus = (source.dataset, source.config, source.split, source.sha256)
+        by_use: dict[Use, list[Example]] = {use: [] for use in source.uses}
+        leaked: list[Example] = []
+        for example in examples:
+            name = self._kin.get(example.key, example.key)
+            use, owner = self._use.setdefault(name, (self._fresh(source, name), corpus))
+            if use in by_use:
+                by_use[use].append(example)
+            elif owner != corpus:
+                leaked.append(example)
+        if leaked and self._data.overlap == "error":
+            raise DataError(
+                f"data.{part.role} ({name_of(source)}): {len(leaked)} of {len(part.examples)} rows have an input that "
+                f"another source already uses for another purpose{self._nearly(leaked)}; remove them, or set "
+                "data.overlap=drop to leave them out"
+            )
+        self._met |= {example.key for example in examples}
+        return by_use, len(leaked)
+
+    def _nearly(self, examples: Sequence[Example]) -> str:
+        """How many of these are no input of an earlier source, only near one."""
+        number = sum(example.key not in self._met for example in examples)
+        return f" ({number} of them nearly: other case, punctuation, or a few other words)" if number else ""
 
     def _fresh(self, source: Source, key: str) -> Use:
         """The use of an input not met before: by its hash, in the shares of the uses that the source serves."""
@@ -185,7 +277,7 @@ def fraction(seed: int, key: str) -> float:
     return int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:12], 16) / 16**12
 
 
-def _check_rows(recipe: Recipe, streams: Streams, unused: dict[Role, int]) -> None:
+def _check_rows(recipe: Recipe, streams: Streams, parts: Sequence[Loaded], kin: Mapping[str, str]) -> None:
     needed: list[tuple[Role, Use]] = [
         ("restricted", "attack"),
         ("restricted", "evaluation"),
@@ -195,16 +287,30 @@ def _check_rows(recipe: Recipe, streams: Streams, unused: dict[Role, int]) -> No
         needed += [("restricted", "defence"), ("retain", "defence")]
         needed += [("alignment", "defence")] if recipe.data.alignment else []
     needed += [("benign", "attack"), ("benign", "evaluation")] if recipe.data.benign else []
+    needed += [("harmless", "evaluation")] if recipe.data.harmless else []
     for role, use in needed:
         rows = len(streams.rows(role, use))
         if rows < MIN_ROWS:
-            lost = f"; {unused[role]} rows are empty or have no answer within data.max_length={recipe.data.max_length}"
             raise DataError(
                 f"data.{role}: {rows} rows are left for the use `{use}`, at least {MIN_ROWS} are needed"
-                + (lost if unused[role] else "")
+                + _lost([part for part in parts if part.role == role], kin, recipe.data.max_length)
             )
         judged = streams.of(role, use)[0]
         if use == "evaluation" and len(judged.examples) < MIN_ROWS:
             raise DataError(
                 f"data.{role}: the judged source {judged.name} has only {len(judged.examples)} `{use}` rows"
             )
+
+
+def _lost(parts: Sequence[Loaded], kin: Mapping[str, str], max_length: int) -> str:
+    """Why a role may have too few rows for a use."""
+    without = sum(part.without for part in parts)
+    inputs = {example.key for part in parts for example in part.examples}
+    alike = max(Counter(kin.get(key, key) for key in inputs).values(), default=0)
+    said = f"; {without} rows are empty or have no answer within data.max_length={max_length}" if without else ""
+    if alike > max(1, len(inputs) // 2):
+        said += (
+            f"; {alike} of {len(inputs)} inputs are near-duplicates and serve one use together; if they differ in a "
+            "few words only, shorten the words that all share"
+        )
+    return said

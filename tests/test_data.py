@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import small
 import tiny
 
-from hardener import data, demo, recipe_file
+from hardener import data, demo, near, recipe_file
 from hardener.errors import DataError
 from hardener.recipe import ROLES
 from hardener.sources import fill, pin, published
@@ -82,6 +83,103 @@ def test_with_drop_overlapping_rows_are_left_out_and_counted(letters, paths, tmp
     told = [r.dropped for r in made.records if r.role == "restricted" and r.use == "evaluation"]
     assert told == [17]
     assert not keys(made, "evaluation") & (keys(made, "defence") | keys(made, "attack"))
+
+
+def spelt(row: dict[str, str]) -> dict[str, str]:
+    """The same prompt in other case, punctuation and white space."""
+    return row | {"prompt": row["prompt"].upper().replace(" ", "  ") + " ?"}
+
+
+def test_near_duplicates_in_a_held_out_source_are_refused_with_their_count(letters, paths, tmp_path):
+    rows = rows_of(paths["restricted"])
+    second = tiny.jsonl(tmp_path / "held-out.jsonl", [*map(spelt, rows[:5]), *rows[5:7]])
+    with pytest.raises(DataError, match=r"7 of 7 rows.*another purpose \(5 of them nearly: .*overlap=drop"):
+        small.opened(small.recipe(paths, *sources(paths, second)), letters)
+
+
+def test_with_drop_near_duplicates_are_left_out_and_counted(letters, paths, tmp_path):
+    fresh = rows_of(tiny.letter_data(tmp_path / "more", rows=60, seed=5)["restricted"])
+    second = tiny.jsonl(tmp_path / "held-out.jsonl", [*map(spelt, rows_of(paths["restricted"])[:5]), *fresh])
+    uses = "data.alignment.uses=[defence, attack]"
+    made = small.opened(small.recipe(paths, *sources(paths, second, "data.overlap=drop", uses)), letters)[1]
+    assert len(made.rows("restricted", "evaluation")) == 60
+    assert [r.dropped for r in made.records if r.role == "restricted" and r.use == "evaluation"] == [5]
+
+
+def test_near_duplicates_of_one_source_serve_one_use(letters, paths, tmp_path):
+    rows = rows_of(paths["benign"])
+    path = tiny.jsonl(tmp_path / "benign.jsonl", [*rows, *map(spelt, rows)])
+    made = small.opened(small.recipe(paths, f"data.benign.dataset={path}"), letters)[1]
+    asked = [{near.words_of(e.inputs["turn"][0]) for e in made.rows("benign", use)} for use in USES]
+    assert sum(len(made.rows("benign", use)) for use in USES) == 2 * len(rows)
+    assert sum(map(len, asked)) == len(rows)
+
+
+@pytest.mark.parametrize("role", ["retain", "benign"])
+def test_restricted_prompts_among_retain_or_benign_rows_are_refused_or_dropped(letters, paths, tmp_path, role):
+    hidden = rows_of(paths["restricted"])[:9]
+    path = tiny.jsonl(tmp_path / "rows.jsonl", [*rows_of(paths[role]), *hidden[:4], *map(spelt, hidden[4:])])
+    source = f"data.{role}.dataset={path}"
+    said = rf"data\.{role} \(local:.*\): 9 of 129 rows are prompts of data\.restricted \(5 of them nearly.*overlap=drop"
+    with pytest.raises(DataError, match=said):
+        small.opened(small.recipe(paths, source), letters)
+    made = small.opened(small.recipe(paths, source, "data.overlap=drop"), letters)[1]
+    usual = small.opened(small.recipe(paths), letters)[1]
+    for use in USES:
+        assert keys(made, use) == keys(usual, use)
+    assert {r.dropped for r in made.records if r.role == role} == {9}
+
+
+def test_a_classifier_may_read_the_same_texts_for_two_tasks(bert, text_paths):
+    same = text_paths | {"benign": text_paths["restricted"]}
+    made = small.opened(small.recipe(same, name="tiny-sophon-text"), bert)[1]
+    for use in USES:
+        assert keys(made, use, ["benign"]) == keys(made, use, ["restricted"])
+
+
+def test_harmless_prompts_may_be_as_near_to_restricted_ones_as_they_like(letters, paths, tmp_path):
+    twins = [spelt(row) for row in rows_of(paths["restricted"])]
+    path = tiny.jsonl(tmp_path / "harmless.jsonl", twins)
+    made = small.opened(small.recipe(paths, f"data.harmless.dataset={path}"), letters)[1]
+    for use in USES:
+        assert len(made.rows("harmless", use)) == len(made.rows("restricted", use))
+
+
+def test_too_few_harmless_rows_are_refused(letters, paths, tmp_path):
+    fresh = rows_of(tiny.letter_data(tmp_path / "more", rows=60, seed=5)["benign"])
+    path = tiny.jsonl(tmp_path / "harmless.jsonl", fresh[:5])
+    with pytest.raises(DataError, match=r"data\.harmless: 5 rows are left for the use `evaluation`, at least 8"):
+        small.opened(small.recipe(paths, f"data.harmless={{dataset: {path}, uses: [evaluation]}}"), letters)
+
+
+def test_where_all_prompts_are_near_duplicates_that_is_said(letters, paths, tmp_path):
+    frame = " ".join("abcdefghijklmnopqrst")
+    rows = [{"prompt": f"double {frame} {one}", "completion": "a"} for one in "abcdefghijklmnopqrstuvwxyz"]
+    path = tiny.jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"benign: 0 rows are left .*; 26 of 26 inputs are near-duplicates"):
+        small.opened(small.recipe(paths, f"data.benign.dataset={path}"), letters)
+
+
+def test_without_near_duplicates_the_hash_of_the_input_alone_decides(streams):
+    shares = dict(zip(USES, (0.5, 0.75, 1.0), strict=True))
+    for use in USES:
+        for key in keys(streams, use):
+            place = int(hashlib.sha256(f"0:{key}".encode()).hexdigest()[:12], 16) / 16**12
+            assert next(name for name, end in shares.items() if place < end) == use
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"prompt": "copy a", "completion": "a"}, "copy a"),
+        ({"text": "a b"}, "a b"),
+        ({"text": "a", "text_pair": "b", "label": 1}, "a\nb"),
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "copy a"}]}, "copy a"),
+        ({"image": None, "label": 1}, None),
+    ],
+)
+def test_what_a_row_asks_is_its_prompt_its_first_question_or_its_text(row, asked):
+    assert data.text_of(row) == asked
 
 
 def broken(tmp_path: Path, name: str, text: str) -> Path:
@@ -209,7 +307,7 @@ def test_rows_without_an_answer_or_room_for_it_are_counted(letters, paths, tmp_p
     rows = [*rows_of(paths["benign"]), *[long] * 3, ROW | {"completion": ""}]
     path = tiny.jsonl(tmp_path / "rows.jsonl", rows)
     made = small.opened(small.recipe(paths, f"data.benign.dataset={path}"), letters)[1]
-    assert {r.role: r.dropped for r in made.records} == dict.fromkeys(ROLES, 0) | {"benign": 4}
+    assert {r.role: r.dropped for r in made.records} == dict.fromkeys(paths, 0) | {"benign": 4}
 
 
 def test_where_too_few_rows_have_room_for_an_answer_the_length_is_named(letters, paths, tmp_path):
