@@ -63,13 +63,15 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Judge at the checkpoints; stop where the question is answered."""
+        """Judge at the checkpoints; stop where the question is answered, or the weights are broken."""
         step = state.global_step
         if step not in self._points or self.failed is not None:
             return
         self.judge_now(model, step)
-        self.answered = self.failed is None and step < self.attack.length and self._stop(self.curve)
-        if self.answered:
+        if self.failed is not None:
+            control.should_training_stop = True
+        elif step < self.attack.length and self._stop(self.curve):
+            self.answered = True
             self._end(model, step, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:

@@ -36,12 +36,13 @@ def loaded(scene: Scene, attack: Attack) -> nn.Module:
     family, task = attack.family, scene.task
     fresh = family.head == "fresh" and not task.generative
     if scene.scratch:
-        return task.scratch(scene.folder, **({"num_labels": scene.classes} if fresh else {})).to(scene.device)
-    model = task.load(scene.folder).to(scene.device)
+        model = task.scratch(scene.folder, **({"num_labels": scene.classes} if fresh else {})).to(scene.device)
+    else:
+        model = task.load(scene.folder).to(scene.device)
     if family.edit is not None:
         EDITS[family.edit](model, scene, attack.dose or attack.rate, attack.seed)
     head = list(task.head(model)) if not task.generative else []
-    if fresh:
+    if fresh and not scene.scratch:
         model = with_new_head(model, task, head, scene.classes)
     if family.scope == "lora":
         model = with_adapter(model, head)
