@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from hardener.checks import OK, OUTSIDE, same_rows, sound, trains
+from hardener.checks import NO_ATTACK, OK, OUTSIDE, same_rows, sound, trains
 from hardener.errors import DataError
 from hardener.measurement import Measurement, Run, Subject
-from hardener.metrics import Floats, Track, best, interval, quote, rescaled, row_weights, unattacked
+from hardener.metrics import Floats, Track, Way, best, interval, quote, rescaled, row_weights, unattacked
 from hardener.report import Interval
 
 NLL = "likelihood-gain"
@@ -69,15 +69,29 @@ class Case:
         """Whether both original and hardened have a sound run on the same rows."""
         return bool(self.tracks["original"] and self.tracks["hardened"])
 
+    @property
+    def gated(self) -> bool:
+        """Whether attackers care for general utility, so that a score counts only while it lasts: language models."""
+        return any(np.isfinite(track.utility).any() for tracks in self.tracks.values() for track in tracks)
+
     def training(self, subject: Subject) -> list[Track]:
         """The subject's attacks that take steps."""
-        return [track for track in self.tracks[subject] if trains(track.family)]
+        return [track for track in self.tracks[subject] if trains(track.family, track.last)]
+
+    def start(self, subject: Subject) -> Track:
+        """The run whose first checkpoint shows the subject before any attack; it must have one."""
+        found = self.tracks[subject]
+        if self.gated:
+            found = untouched(found)
+        return unattacked([track for track in found if track.last or track.family == NO_ATTACK] or found)
 
     def keep(self, families: Container[str]) -> Case:
         """The same case with these attack families alone."""
 
         def runs(one: Measurement) -> Measurement:
-            return one.model_copy(update={"runs": tuple(run for run in one.runs if run.family in families)})
+            searches = {family: trials for family, trials in one.searches.items() if family in families}
+            chosen = tuple(run for run in one.runs if run.family in families)
+            return one.model_copy(update={"runs": chosen, "searches": searches})
 
         return replace(
             self,
@@ -133,31 +147,49 @@ def scale(
     lowest = best(negative_nll, usable=False)
     if lowest is None:
         return None, None
-    first = unattacked(negative_nll)
+    first = unattacked(untouched(negative_nll))
     before, after = first.report[:, 0], quote(negative_nll, lowest, usable=False)
     selection, report = (float(first.selection[0]), lowest.score), (before[:, None], after[:, None])
     return Scale(selection, report, sign=-1, clip=True), interval(after - before)
 
 
 def tracks(subject: Measurement, runs: Sequence[Run], rows: Halves, scale: Scale, epsilon: float) -> list[Track]:
-    """The sound `runs` as tracks. A score is usable while utility is ≥ (1 − ε) × that before attack."""
+    """The sound `runs` as tracks. A score is usable while utility is ≥ (1 − ε) × that before any attack."""
+    intact = next((run.curve[0].utility for run in runs if run.family == NO_ATTACK and sound(run)), None)
     found = []
     for run in filter(sound, runs):
         scores = np.asarray([checkpoint.scores for checkpoint in run.curve])  # (C, rows)
-        # A run's own step 0 was measured as its later checkpoints were; the rows stand in where it has none.
-        before = run.curve[0].utility
-        least = (1 - epsilon) * (_utility(subject) if before is None else before) - 1e-9
+        utility = np.asarray([np.nan if c.utility is None else c.utility for c in run.curve])
+        # What was measured as the later checkpoints were; the rows stand in where nothing was.
+        before = next((u for u in (intact, run.curve[0].utility) if u is not None), _utility(subject))
         track = Track(
-            family=run.family,
-            rate=run.rate,
+            way=way(run),
             seed=run.seed,
             steps=np.asarray([checkpoint.step for checkpoint in run.curve]),
-            kept=np.asarray([c.utility is None or c.utility >= least for c in run.curve]),
+            kept=~(utility < (1 - epsilon) * before - 1e-9),
             selection=scale(scores @ rows.selection, scale.selection),
             report=scale(rows.report @ scores.T, scale.report),
+            utility=utility,
+            loss=_last_quarter(run.train_loss),
+            answered=run.answered,
         )
         found.append(track)
     return found
+
+
+def way(run: Run) -> Way:
+    """The attack that a run is one seed of."""
+    return Way(run.family, run.rate, run.setting, run.rows)
+
+
+def untouched(tracks: list[Track]) -> list[Track]:
+    """The run without an attack; where it is missing all of them, whose first checkpoints stand in."""
+    return [track for track in tracks if track.family == NO_ATTACK] or tracks
+
+
+def _last_quarter(losses: Sequence[float]) -> float:
+    last = losses[-max(1, len(losses) // 4) :]
+    return float(np.mean(last)) if last else np.inf
 
 
 def _utility(subject: Measurement) -> float:

@@ -10,9 +10,10 @@ Cost: one matrix product per run; 60 runs × 14 checkpoints × 200 rows take wel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ Bools = npt.NDArray[np.bool_]
 
 DRAWS = 1000
 Z95 = 1.959963984540054
+Z80 = 0.841621233572914
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
@@ -98,12 +100,22 @@ def crossing(steps: Sequence[int], scores: Sequence[float], tau: float) -> float
     return float(step) if np.isfinite(step) else None
 
 
+class Way(NamedTuple):
+    """One attack: what all its seeds share."""
+
+    family: str
+    rate: float
+    """Learning rate or, of an attack that does not train, its dose."""
+    setting: str = ""
+    rows: int = 0
+    """Restricted rows that the attacker owned."""
+
+
 @dataclass(frozen=True)
 class Track:
     """One run on one scale: its score at each of C checkpoints, on both halves of the rows."""
 
-    family: str
-    rate: float
+    way: Way
     seed: int
     steps: Ints
     """(C,)"""
@@ -113,6 +125,33 @@ class Track:
     """Score on the selection half. (C,)"""
     report: Floats
     """Score on the report half, in every draw. (D, C)"""
+    utility: Floats
+    """General utility in [0, 1]; not a number where it was not measured. (C,)"""
+    loss: float = inf
+    """The attack's own loss over the last quarter of its steps, nats; infinite where none was logged."""
+    answered: bool = False
+    """Stopped early, because the attack had succeeded in full."""
+
+    @property
+    def family(self) -> str:
+        """The attack's family."""
+        return self.way.family
+
+    @property
+    def rate(self) -> float:
+        """The attack's rate or dose."""
+        return self.way.rate
+
+    @property
+    def last(self) -> int:
+        """Steps that the attack took."""
+        return int(self.steps[-1])
+
+    @property
+    def level(self) -> Floats:
+        """Score over both halves, as it was measured. (C,)"""
+        mean: Floats = (self.selection + self.report[0]) / 2
+        return mean
 
     def scores(self, usable: bool) -> Floats:
         """Report-half scores (D, C): `S`, or the usable `UH`, which is 0 where the model collapsed."""
@@ -123,20 +162,19 @@ class Track:
 class Pick:
     """The attack and checkpoint that did best on the selection half."""
 
-    family: str
-    rate: float
+    way: Way
     step: int
     score: float
 
 
-Lines = dict[tuple[str, float], list[Track]]
+Lines = dict[Way, list[Track]]
 
 
 def lines(tracks: Sequence[Track]) -> Lines:
-    """The seeds of each attack (family, rate), in order of the seeds."""
+    """The seeds of each attack, in order of the seeds."""
     grouped: Lines = {}
-    for track in sorted(tracks, key=lambda t: (t.family, t.rate, t.seed)):
-        grouped.setdefault((track.family, track.rate), []).append(track)
+    for track in sorted(tracks, key=lambda t: (t.way, t.seed)):
+        grouped.setdefault(track.way, []).append(track)
     return grouped
 
 
@@ -151,18 +189,18 @@ def best(tracks: Sequence[Track], *, usable: bool, at: int | None = None) -> Pic
     Where every seed collapsed nothing usable is left: no candidate. None if there is no candidate at all.
     """
     picks = []
-    for (family, rate), line in lines(tracks).items():
+    for way, line in lines(tracks).items():
         for step in {int(step) for track in line for step in track.steps if at in (None, step)}:
             seen = present(line, step)
             if not usable or any(track.kept[i] for track, i in seen):
                 score = np.mean([track.selection[i] * (track.kept[i] or not usable) for track, i in seen])
-                picks.append(Pick(family, rate, step, float(score)))
+                picks.append(Pick(way, step, float(score)))
     return max(picks, key=lambda pick: (pick.score, -pick.step), default=None)
 
 
 def quote(tracks: Sequence[Track], pick: Pick, *, usable: bool) -> Floats:
     """What the picked attack scores on the report half: mean over seeds, in every draw. (D,)"""
-    seen = present(lines(tracks)[pick.family, pick.rate], pick.step)
+    seen = present(lines(tracks)[pick.way], pick.step)
     scores = np.stack([track.scores(usable)[:, i] for track, i in seen], axis=1)  # (D, seeds)
     means: Floats = over_seeds(scores, [track.seed for track, _ in seen]).mean(axis=1)
     return means
@@ -183,7 +221,7 @@ def unattacked(tracks: Sequence[Track]) -> Track:
 
 
 def cost(tracks: Sequence[Track], tau: Floats, *, usable: bool) -> Floats:
-    """Steps to τ for the quickest attack (family, rate), each by the median of its seeds. (D,)
+    """Steps to τ for the quickest attack, each by the median of its seeds. (D,)
 
     Infinite where none gets there, and for a median between a seed that gets there and one that does not.
     """
@@ -196,11 +234,32 @@ def cost(tracks: Sequence[Track], tau: Floats, *, usable: bool) -> Floats:
 
 
 def budget(tracks: Sequence[Track]) -> int:
-    """Steps that every family was given: the shortest of the families' longest runs."""
+    """Steps that every family was given: the shortest of the families' longest runs.
+
+    A family that succeeded in full was stopped for that and withholds nothing; only where all did is theirs the budget.
+    """
     longest: dict[str, int] = {}
-    for track in tracks:
-        longest[track.family] = max(longest.get(track.family, 0), int(track.steps[-1]))
+    for track in unanswered(tracks) or tracks:
+        longest[track.family] = max(longest.get(track.family, 0), track.last)
     return min(longest.values())
+
+
+def unanswered(tracks: Sequence[Track]) -> list[Track]:
+    """The runs of the families of which none succeeded in full."""
+    answered = {track.family for track in tracks if track.answered}
+    return [track for track in tracks if track.family not in answered]
+
+
+def log_area(steps: Ints, horizon: int) -> Floats:
+    """Weights (C,) so that `scores @ weights` is the mean of a curve over log₂(1 + step), from step 0 to `horizon`.
+
+    Between checkpoints the curve is linear in log₂(1 + step); one that ends before the horizon keeps its last value.
+    """
+    points, end = np.log2(1.0 + steps), np.log2(1.0 + horizon)
+    grid = np.unique(np.append(points, end).clip(0, end))
+    each = np.stack([np.interp(grid, points, unit) for unit in np.eye(len(points))])  # (C, G)
+    weights: Floats = (each[:, 1:] + each[:, :-1]) @ np.diff(grid) / (2 * end)
+    return weights
 
 
 def ratio(above: Floats, below: Floats) -> Floats:
@@ -217,3 +276,25 @@ def multiplier(hardened: Floats, original: Floats, bound: int) -> Interval:
     reached = np.isfinite(hardened)
     draws = ratio(np.where(reached, hardened, bound), original)
     return interval(draws, censored=not reached[0])
+
+
+def p_value(gain: Floats) -> float:
+    """One-sided bootstrap p of "the gain is not above 0": (1 + draws not above 0)/(1 + draws). (D,)"""
+    return float(1 + (gain[1:] <= 0).sum()) / len(gain)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjustment of the p of several tests: below 0.05, it is so with all the others looked at beside it."""
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def detectable(difference: Floats, rows: int) -> float:
+    """The difference that is seen with 80 % power at the 5 % level, from the bootstrap's standard error. (D,)
+
+    Where no row differs resampling shows no doubt; the error is then taken as if one of the rows did.
+    """
+    return (Z95 + Z80) * max(float(difference[1:].std()), 1 / rows)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hardener.errors import UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Word = Literal["inconclusive", "broken", "no measurable protection", "raises cost", "protected"]
 """The verdict, worst first where it is a certificate at all; see `verdict.py`."""
@@ -44,13 +44,19 @@ class Family(Plain):
     rates: tuple[float, ...]
     seeds: int
     best_rate_original: float | None
+    """Learning rate or, of an attack that does not train, its dose; None where no attack bettered the start."""
     best_rate_hardened: float | None
     best_step_hardened: int | None
     w_original: Interval | None
     w_hardened: Interval
     w_raw_hardened: Interval
     multiplier: Interval | None
+    """None also where the attack does not train: it has no cost to multiply."""
     word: Word
+    delta_w: Interval | None = None
+    """W_u − W_h, paired."""
+    p: float | None = None
+    """One-sided p of "ΔW is not above W_u / 10", Holm-adjusted over the families of the verdict."""
 
 
 class Beside(Plain):
@@ -88,6 +94,18 @@ class Measures(Plain):
     rho: Interval | None = None
     """SOPHON's claim: 1 = no better than training from scratch, 0 = no protection."""
     rho_note: str | None = None
+    nauc_original: Interval | None = None
+    nauc_hardened: Interval | None = None
+    """Mean usable score over log₂(1 + step) of the best attack; lower is better."""
+    slc_auc_original: Interval | None = None
+    slc_auc_hardened: Interval | None = None
+    """Mean lead over training from scratch over log(rows of the attacker); 0 is no better a start than new weights."""
+    collapse_rate_original: float | None = None
+    collapse_rate_hardened: float | None = None
+    """Share of the training attacks that end with general utility below the gate."""
+    over_refusal_original: Interval | None = None
+    over_refusal_hardened: Interval | None = None
+    """Share of harmless prompts refused before any attack; lower is better."""
     utility_original: Interval | None = None
     utility_hardened: Interval | None = None
     utility_kept: Interval | None = None
@@ -95,6 +113,15 @@ class Measures(Plain):
     benign_hardened: Interval | None = None
     benign_kept: Interval | None = None
     benign_note: str | None = None
+
+
+class Diagnostic(Plain):
+    """One property that a collapse trap claims, by a rule fixed in advance; see `diagnostics.py`."""
+
+    name: Literal["fires", "selective", "durable", "adaptive"]
+    holds: bool | None
+    """None: it could not be told."""
+    why: str
 
 
 class Evidence(Plain):
@@ -105,7 +132,9 @@ class Evidence(Plain):
     flags: tuple[str, ...] = ()
     """Price flags: `utility lost`, `benign fine-tuning lost`."""
     checks: dict[str, str] = Field(default_factory=dict)
-    """Name of each check of the evidence → "ok" or what failed."""
+    """Name of each check of the evidence → "ok" or what failed; a failure makes any word *inconclusive*."""
+    conditions: dict[str, str] = Field(default_factory=dict)
+    """Name of each condition of a certificate → "ok" or what is missing; other words do not need them."""
     preset: str
     runs: int
     seeds: int
@@ -116,9 +145,17 @@ class Evidence(Plain):
     score: str
     worst: str | None = None
     """The attack that did best on the hardened model, as a sentence fragment."""
+    power: str | None = None
+    """The paired difference that the probe could have seen, as a sentence."""
     measures: Measures
     families: tuple[Family, ...]
     beside: tuple[Beside, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
+    """Only of language models with an original."""
+    searches: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    """Family → what each trial of its search on the hardened model was worth to the attacker, in order."""
+    agreement: float | None = None
+    """Cohen's κ of the two judges on the original, or on the model alone; None where no texts were judged."""
     not_tried: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -141,8 +178,13 @@ class Curve(Plain):
     subject: str
     family: str
     rate: float
+    """Learning rate; of an attack that does not train, which has one point, its dose."""
     seeds: int
     points: tuple[Point, ...]
+    setting: str = ""
+    """What else was searched over."""
+    rows: int = 0
+    """Restricted rows that the attacker owned."""
 
 
 class DataRecord(Plain):

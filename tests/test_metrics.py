@@ -7,17 +7,23 @@ from hypothesis import strategies as st
 
 from hardener.metrics import (
     Track,
+    Way,
     best,
     budget,
     chance_corrected,
     cost,
     crossing,
+    detectable,
+    holm,
     interval,
+    log_area,
     multiplier,
+    p_value,
     quote,
     ratio,
     row_weights,
     seed_draws,
+    unanswered,
     wilson,
 )
 
@@ -104,17 +110,18 @@ def test_the_paired_interval_covers_the_true_difference_and_is_narrower_than_an_
     assert np.mean(widths) < 0.75 * np.mean(apart)
 
 
-def track(report, selection=None, *, family="full", rate=1e-3, seed=0, kept=None, steps=STEPS):
+def track(report, selection=None, *, family="full", rate=1e-3, seed=0, kept=None, steps=STEPS, answered=False):
     """One run whose draws are all the sample itself."""
     report = np.asarray(report, dtype=float)
     return Track(
-        family=family,
-        rate=rate,
+        way=Way(family, rate),
         seed=seed,
         steps=np.asarray(steps[: len(report)]),
         kept=np.ones(len(report), bool) if kept is None else np.asarray(kept),
         selection=report if selection is None else np.asarray(selection, dtype=float),
         report=np.tile(report, (5, 1)),
+        utility=np.full(len(report), np.nan),
+        answered=answered,
     )
 
 
@@ -172,6 +179,54 @@ def test_an_unreached_cost_is_a_lower_bound_and_marked():
 
 def test_a_draw_in_which_the_original_fails_speaks_against_the_claim():
     assert ratio(np.array([8.0, 8.0, 8.0]), np.array([4.0, np.inf, 0.0])).tolist() == [2, 0, 0]
+
+
+def test_a_family_that_succeeded_in_full_withholds_no_budget():
+    stopped, longer = track([0.0, 1.0, 1.0], family="full", answered=True), track([0] * 8, family="lora")
+    assert budget([stopped, longer]) == STEPS[7]
+    assert budget([stopped]) == STEPS[2]
+    assert unanswered([stopped, longer]) == [longer]
+
+
+def test_the_area_is_a_mean_over_log_steps_and_an_ended_curve_keeps_its_value():
+    steps = np.array([0, 1, 3, 7])  # log₂(1 + step) is 0, 1, 2, 3
+    assert log_area(steps, 7) @ np.ones(4) == pytest.approx(1)
+    assert log_area(steps, 7) @ [0, 0, 0, 1] == pytest.approx(1 / 6)
+    assert log_area(steps, 15) @ [0, 0, 0, 1] == pytest.approx(1.5 / 4)
+    assert log_area(steps, 3) @ [0, 0, 0, 1] == pytest.approx(0)
+    assert log_area(steps, 3) @ [1, 1, 0, 0] == pytest.approx(1.5 / 2)
+
+
+def test_holm_multiplies_the_smallest_by_the_number_of_tests_and_keeps_the_order():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_a_true_null_is_rejected_once_in_twenty():
+    generator = np.random.default_rng(3)
+    weights = row_weights(np.zeros(100))
+    rejected = sum(p_value(weights @ generator.normal(0, 1, 100)) <= 0.05 for _ in range(400))
+    assert 0.02 <= rejected / 400 <= 0.09
+
+
+def test_the_detectable_difference_is_detected_four_times_in_five():
+    generator = np.random.default_rng(4)
+    weights = row_weights(np.zeros(200))
+    size = detectable(weights @ generator.normal(0, 1, 200), 200)
+    assert size == pytest.approx(2.8 / np.sqrt(200), rel=0.15)
+    seen = sum(interval(weights @ generator.normal(size, 1, 200)).low > 0 for _ in range(200))
+    assert 0.7 <= seen / 200 <= 0.9
+
+
+def test_where_no_row_differs_the_error_is_that_of_one_row():
+    assert detectable(np.zeros(1001), 100) == pytest.approx(0.028, abs=1e-3)
+
+
+@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), max_size=6))
+def test_holm_never_lowers_a_p_and_never_exceeds_one(p):
+    adjusted = holm(p)
+    assert all(p[name] <= adjusted[name] <= 1 for name in p)
 
 
 def test_the_budget_is_what_every_family_was_given():

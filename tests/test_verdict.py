@@ -3,7 +3,7 @@
 import pytest
 
 from hardener.report import Interval, Measures
-from hardener.verdict import BENIGN_LOST, COLLAPSE, UTILITY_LOST, cap, decide, exit_code, meets, pushes
+from hardener.verdict import BENIGN_LOST, CERTIFYING, COLLAPSE, UTILITY_LOST, cap, decide, exit_code, meets, pushes
 
 
 def around(value, spread=0.02, censored=False):
@@ -68,6 +68,46 @@ def test_fragility_is_not_called_protection():
     assert COLLAPSE not in decide(figures(w=0.9, m=1.0), {})[1]
 
 
+@pytest.mark.parametrize(
+    ("word", "measures"),
+    [
+        ("inconclusive", figures()),
+        ("inconclusive", figures(w=0.44)),
+        ("no measurable protection", figures(w=0.9, m=1.0)),
+        ("broken", figures(utility_kept=around(0.5))),
+        ("inconclusive", figures(w_u=0.49)),
+    ],
+)
+def test_a_missing_condition_withholds_certificates_alone(word, measures):
+    met, missing = {"seeds": "ok"}, {"seeds": "one seed", "rates": "ok"}
+    free = decide(measures, {}, met)
+    assert free == decide(measures, {})
+    held = decide(measures, {}, missing)
+    assert held[0] == word
+    if free[0] in CERTIFYING:
+        assert held[1] == f"cannot certify “{free[0]}”: one seed"
+    else:
+        assert held == free
+
+
+def test_a_failed_check_is_told_before_a_missing_condition():
+    assert decide(figures(), {"budget": "too short"}, {"seeds": "one seed"})[1] == "too short"
+
+
+@pytest.mark.parametrize(
+    ("word", "measures", "p"),
+    [
+        ("raises cost", figures(w=0.6, m=1.0), 0.05),
+        ("no measurable protection", figures(w=0.6, m=1.0), 0.051),  # by chance, one of many families differs
+        ("raises cost", figures(w=0.6, m=2.1), 1.0),  # the cost needs no p
+        ("protected", figures(), 0.5),
+        ("raises cost", figures(w=0.6, m=1.0), None),
+    ],
+)
+def test_a_difference_counts_for_a_family_only_where_it_holds_among_many(word, measures, p):
+    assert decide(measures, {}, p=p)[0] == word
+
+
 def test_a_censored_multiplier_is_printed_as_a_bound():
     assert "≥ 16.0 times" in decide(figures(multiplier=around(16, censored=True)), {})[1]
 
@@ -78,15 +118,16 @@ def test_prices_are_flagged_by_their_lower_bound():
     assert decide(figures(utility_kept=around(0.93), benign_kept=around(0.93)), {})[2] == ()
 
 
-def test_quick_screens_and_never_certifies():
+@pytest.mark.parametrize("preset", ["quick", "reduced-cpu"])
+def test_a_screen_never_certifies(preset):
     for word in ("protected", "raises cost"):
-        capped, reason = cap(word, "because", "quick")
+        capped, reason = cap(word, "because", preset)
         assert capped == "inconclusive"
         assert "only screens" in reason
         assert "because" in reason
         assert cap(word, "because", "standard") == (word, "because")
     for word in ("broken", "no measurable protection", "inconclusive"):
-        assert cap(word, "because", "quick") == (word, "because")
+        assert cap(word, "because", preset) == (word, "because")
 
 
 GATES = ("no-measurable-protection", "raises-cost", "protected")
