@@ -1,20 +1,50 @@
-"""Re-scalings that change no output do not change the canonical copy; whatever would change one is refused."""
+"""Re-scalings that change no output do not change the canonical form; whatever would change one is refused."""
 
 from __future__ import annotations
 
+import copy
+from itertools import pairwise
+from types import SimpleNamespace
+
+import placebos
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
-from test_attacks import pictures, vit
+from placebos import FACTOR, PLACEBOS
+from torch import nn
 
 from hardener import demo
-from hardener.attacks.canonical import canonical_copy, norm_ratio
+from hardener.attacks.canonical import canonicalise, norm_ratio
 from hardener.console import quiet
-from hardener.tasks.causal_lm import CausalLM
-from hardener.tasks.image_classification import ImageClassification
+from hardener.tasks.base import Batch
 
-FACTOR = 30.0
+LETTERS = 30
+TEXT = {"vocab_size": LETTERS, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+DECODER = TEXT | {"hidden_size": 48, "intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": False}
+ENCODER = TEXT | {"hidden_size": 32, "intermediate_size": 48, "num_labels": 3, "hidden_dropout_prob": 0.0}
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2]}
+CLASSES = {"num_labels": 3}
+
+MODELS = {
+    "llama": ("LlamaForCausalLM", DECODER | {"attention_bias": True, "mlp_bias": True}),
+    "bert": ("BertForSequenceClassification", ENCODER),
+    "relu-bert": ("BertForSequenceClassification", ENCODER | {"hidden_act": "relu"}),
+    "vit": ("ViTForImageClassification", VISION | {"intermediate_size": 48} | CLASSES),
+    "dinov2": ("Dinov2ForImageClassification", VISION | {"mlp_ratio": 2} | CLASSES),
+    "resnet": ("ResNetForImageClassification", STAGES | {"layer_type": "basic"} | CLASSES),
+    # no placebo of their own: each moves at every place that the tables know
+    "tied llama": ("LlamaForCausalLM", DECODER | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", DECODER | {"head_dim": 12}),
+    "gemma3": ("Gemma3ForCausalLM", DECODER | {"head_dim": 12}),
+    "phi3": ("Phi3ForCausalLM", DECODER),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": LETTERS, "n_embd": 48, "n_layer": 2, "n_head": 4}),
+    "gpt-neox": ("GPTNeoXForCausalLM", TEXT | {"hidden_size": 64, "intermediate_size": 96}),
+    "falcon": ("FalconForCausalLM", TEXT | {"hidden_size": 64, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "opt": ("OPTForCausalLM", TEXT | {"hidden_size": 48, "ffn_dim": 64, "word_embed_proj_dim": 48}),
+    "modernbert": ("ModernBertForSequenceClassification", {k: v for k, v in ENCODER.items() if "dropout" not in k}),
+    "regnet": ("RegNetForImageClassification", STAGES | {"groups_width": 4, "layer_type": "y"} | CLASSES),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,97 +53,252 @@ def _quiet():
         yield
 
 
-def llama(folder, seed=0, change=None, **config):
-    """A letters Llama with gains that are not one, grouped attention and biases, changed as asked."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def made(family, **settings):
+    """A model in evaluation mode with gains that are not one, biases that are not zero, and statistics."""
+    import transformers
 
-    tokenizer = demo.letters_tokenizer()
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "attention_bias": True,
-        "tie_word_embeddings": False,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+    name, config = MODELS[family]
+    torch.manual_seed(0)
+    architecture = getattr(transformers, name)
+    model = architecture(architecture.config_class(**(config | settings))).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for _, p in sorted(model.named_parameters()):
             if p.dim() == 1:
-                p.copy_(torch.randn_like(p) * 0.3 + (1 if "norm" in name else 0))
-        if change is not None:
-            change(model)
-    return tiny.saved(model, tokenizer, folder)
+                p.add_(torch.randn_like(p) * 0.2)
+            else:
+                p.copy_(torch.randn_like(p) * (0.5 if p.shape[0] == LETTERS else 1 / p[0].numel() ** 0.5))
+        for name, statistic in model.named_buffers():
+            if "running" in name:
+                statistic.add_(torch.rand_like(statistic) * 0.3)
+    return model
 
 
-def rescale(pairs):
-    """A placebo: each source divided and its readers multiplied by the factor (biases go with the source)."""
-
-    def change(model):
-        for layer in model.model.layers:
-            for source, readers in pairs:
-                module = layer.get_submodule(source)
-                module.weight.div_(FACTOR)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.div_(FACTOR)
-                for reader in readers:
-                    sink = layer.get_submodule(reader)
-                    sink.weight.mul_(FACTOR)
-                    if source == "self_attn.k_proj":
-                        sink.bias.mul_(FACTOR)
-
-    return change
+def batch(model):
+    """A batch that the model reads."""
+    torch.manual_seed(1)
+    if hasattr(model.config, "vocab_size"):
+        ids = torch.randint(3, LETTERS, (4, 7))
+        return Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.arange(4) % 3, 4)
+    return Batch({"pixel_values": torch.randn(6, 3, 8, 8)}, torch.arange(6) % 3, 6)
 
 
-NORMS = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-)
-UP_DOWN = (("mlp.up_proj", ("mlp.down_proj",)),)
-VALUE_OUTPUT = (("self_attn.v_proj", ("self_attn.o_proj",)),)
-QUERY_KEY = (("self_attn.k_proj", ("self_attn.q_proj",)),)
+def targets(model, batch):
+    """Logits (N, C) and a label for each."""
+    logits = model(**batch.inputs).logits.flatten(0, -2)
+    return logits, torch.arange(len(logits)) % logits.shape[1]
 
 
-def copied(folder, target):
-    """(was a copy made, logits of the folder, logits of the copy)."""
-    task = CausalLM(folder, template="", max_length=64)
-    rows = [task.encode({"prompt": f"copy {x}", "completion": x}) for x in ("a b", "c d e", "f g h i", "k")]
-    batch = task.collate(rows)
-    made = canonical_copy(folder, task, batch, target)
+TASK = SimpleNamespace(targets=targets)
+
+
+def logits(model):
     with torch.no_grad():
-        logits = [task.targets(task.load(f).eval(), batch)[0] for f in ((folder, target) if made else (folder,))]
-    return made, *logits
+        return targets(model, batch(model))[0]
 
 
-@pytest.mark.parametrize("pairs", [NORMS, UP_DOWN, VALUE_OUTPUT, QUERY_KEY, NORMS + UP_DOWN + VALUE_OUTPUT + QUERY_KEY])
-def test_a_placebo_and_its_parent_have_the_same_canonical_copy(tmp_path, pairs):
-    parent = llama(tmp_path / "parent")
-    placebo = llama(tmp_path / "placebo", change=rescale(pairs))
-    assert norm_ratio(placebo, parent)[1] > 0.99 * FACTOR
-    made, before, after = copied(parent, tmp_path / "a")
-    assert made
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    made, same, after = copied(placebo, tmp_path / "b")
-    assert made
-    torch.testing.assert_close(same, before, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
-    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5, msg=name)
+def changed(model, change):
+    """A changed copy."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        change(other)
+    return other
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
+def canonical(model):
+    """A canonical copy."""
+    other = copy.deepcopy(model)
+    assert canonicalise(other, TASK, batch(model))
+    return other
+
+
+def tensors(model):
+    return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+
+
+def assert_same_weights(one, other, rtol=0.01):
+    for (name, a), b in zip(tensors(one).items(), tensors(other).values(), strict=True):
+        assert float((a - b).norm()) <= rtol * float(b.norm()) + 1e-4, name
+
+
+def assert_same_logits(one, other, rtol):
+    expected = logits(other)
+    assert float((logits(one) - expected).abs().max()) < rtol * float(expected.std())
+
+
+@pytest.mark.parametrize("kind", PLACEBOS)
+def test_a_placebo_changes_scales_and_no_output_and_has_its_parents_canonical_form(kind):
+    family, change = PLACEBOS[kind]
+    parent = made(family)
+    placebo = changed(parent, change)
+    assert_same_logits(placebo, parent, 5e-3)
+    with torch.no_grad():
+        ratios = [float(p.norm() / q.norm()) for p, q in zip(placebo.parameters(), parent.parameters(), strict=True)]
+    assert max(ratios) > 0.999 * FACTOR or min(ratios) < 1.001 / FACTOR
+    assert_same_weights(canonical(placebo), canonical(parent))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_canonical_form_gives_the_same_answers_and_is_its_own(family):
+    parent = made(family)
+    form = canonical(parent)
+    assert_same_logits(form, parent, 1e-2)
+    assert_same_weights(canonical(form), form)
+    assert any(not torch.equal(p, q) for p, q in zip(parent.parameters(), form.parameters(), strict=True))
+
+
+def drop(model, rate=1e-5, steps=12):
+    """By how much a plain fine-tune lowers its loss."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(*targets(model, batch(model)))
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses[0] - losses[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [
+        ("gains and stream", (0.0, 0.5)),
+        ("stream, vision", (0.0, 0.7)),
+        ("weight before a norm", (0.0, 0.2)),
+        ("value and output, encoder", (2.0, 99.0)),  # behind its norms an encoder's placebos cannot slow, only speed up
+    ],
+)
+def test_a_fixed_rate_is_deceived_by_a_placebo_but_not_by_its_canonical_form(kind, share):
+    family, change = PLACEBOS[kind]
+    parent = made(family)
+    placebo = changed(parent, change)
+    low, high = share
+    assert low <= drop(placebo) / drop(parent) < high
+    assert drop(canonical(placebo)) == pytest.approx(drop(canonical(parent)), rel=0.01)
+    assert drop(canonical(parent)) > 0.5 * drop(parent)
+
+
+def test_every_gain_that_can_be_folded_is_one():
+    form = canonical(made("llama"))
+    gains = {name: p for name, p in form.named_parameters() if "norm" in name}
+    assert len(gains) == 5
+    for gain in gains.values():
+        torch.testing.assert_close(gain, torch.ones_like(gain))
+    form = canonical(made("vit"))
+    for layer in form.vit.layers:
+        for norm in (layer.layernorm_before, layer.layernorm_after):
+            together = torch.hypot(norm.weight, norm.bias)
+            torch.testing.assert_close(together, torch.ones_like(together))
+
+
+def test_a_gain_that_is_stored_minus_one_is_known():
+    form = canonical(made("gemma3"))
+    for layer in form.model.layers:
+        gain = layer.input_layernorm.weight
+        torch.testing.assert_close(gain, torch.zeros_like(gain), atol=1e-6, rtol=0)
+
+
+def test_a_channel_of_zeros_stays_zero():
+    def silence(model):
+        model.model.layers[0].input_layernorm.weight[3] = 0.0
+        model.model.layers[0].mlp.up_proj.weight[5] = 0.0
+        model.model.layers[0].mlp.up_proj.bias[5] = 0.0
+
+    model = changed(made("llama"), silence)
+    form = canonical(model)
+    assert_same_logits(form, model, 1e-2)
+    assert form.model.layers[0].input_layernorm.weight[3] == 0.0
+    assert not form.model.layers[0].mlp.up_proj.weight[5].any()
+
+
+def test_a_fold_into_tied_embeddings_is_taken_back():
+    """lm_head reads the last norm, but it is the input embedding as well: only a single factor can be moved."""
+    model = made("tied llama")
+    form = canonical(model)
+    for before, after in (
+        (model.model.norm.weight, form.model.norm.weight),
+        (model.model.embed_tokens.weight, form.model.embed_tokens.weight),
+    ):
+        torch.testing.assert_close(after / after.norm(), before / before.norm())
+
+
+def test_batch_statistics_are_as_before_and_the_mode_too():
+    model = made("resnet").train()
+    reading = [value.clone() for name, value in model.named_buffers() if "running" in name]
+    form = copy.deepcopy(model)
+    assert canonicalise(form, TASK, batch(model))
+    assert form.training
+    assert_same_logits(form.eval(), model.eval(), 1e-2)
+    for value, before in zip((v for n, v in model.named_buffers() if "running" in n), reading, strict=True):
+        assert torch.equal(value, before)
+
+
+class Chain(nn.Module):
+    """Layers in a row, as in VGG, with and without batch norm."""
+
+    config = SimpleNamespace()
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 8, 8, 16)
+        plain = [(nn.Conv2d(a, b, 3), nn.ReLU()) for a, b in pairwise(widths)]
+        normed = (nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        self.layers = nn.Sequential(*(part for parts in plain for part in parts), *normed)
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=self.layers(pixel_values).mean((2, 3)))
+
+
+def test_layers_in_a_row_are_known_without_a_table():
+    torch.manual_seed(0)
+    model = Chain().eval()
+
+    def disguise(chain):
+        first, _, second, _, third = chain.layers[:5]
+        placebos.shrink(first)
+        placebos.grow(third)
+        second.bias.div_(FACTOR)
+
+    placebo = changed(model, disguise)
+    assert_same_logits(placebo, model, 1e-4)
+    assert_same_weights(canonical(placebo), canonical(model))
+
+
+def test_a_model_outside_the_tables_has_no_canonical_form():
+    class Bend(nn.Module):
+        config = SimpleNamespace()
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(192, 8), nn.Linear(8, 3)
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(logits=self.second(self.first(pixel_values.flatten(1)).tanh()))
+
+    model = Bend()
+    before = copy.deepcopy(model.state_dict())
+    assert not canonicalise(model, TASK, batch(model))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_what_only_looks_like_a_pair_is_refused():
+    """BERT's fc1 and fc2 have a pair's names in any case, but only a ReLU lets a factor through."""
+    bent, straight = canonical(made("bert")), canonical(made("relu-bert"))
+    for form, parent, kept in ((bent, made("bert"), True), (straight, made("relu-bert"), False)):
+        one, other = (model.bert.encoder.layer[0].intermediate.dense.weight for model in (form, parent))
+        assert torch.equal(one, other) == kept
+
+
+def saved(folder, change=None):
+    model = made("llama", vocab_size=len(demo.letters_tokenizer()))
+    return tiny.saved(changed(model, change) if change else model, demo.letters_tokenizer(), folder)
 
 
 def test_a_placebo_shows_in_the_ratios_of_norms(tmp_path):
-    parent = llama(tmp_path / "parent")
-    placebo = llama(tmp_path / "placebo", change=rescale(NORMS))
+    parent = saved(tmp_path / "parent")
+    placebo = saved(tmp_path / "placebo", placebos.llama_gain)
     assert norm_ratio(placebo, parent) == pytest.approx((1 / FACTOR, FACTOR), rel=1e-5)
     assert norm_ratio(parent, parent) == (1.0, 1.0)
 
@@ -121,101 +306,7 @@ def test_a_placebo_shows_in_the_ratios_of_norms(tmp_path):
 def test_ratios_of_norms_do_not_depend_on_shards(tmp_path):
     from transformers import LlamaForCausalLM
 
-    parent = llama(tmp_path / "parent")
+    parent = saved(tmp_path / "parent")
     LlamaForCausalLM.from_pretrained(parent).save_pretrained(tmp_path / "shards", max_shard_size="50KB")
     assert not (tmp_path / "shards" / "model.safetensors").exists()
     assert norm_ratio(tmp_path / "shards", parent) == (1.0, 1.0)
-
-
-def test_every_gain_is_one_in_the_canonical_copy(tmp_path):
-    copied(llama(tmp_path / "parent"), tmp_path / "copy")
-    gains = {name: value for name, value in weights(tmp_path / "copy").items() if "norm" in name}
-    assert len(gains) == 5
-    for value in gains.values():
-        torch.testing.assert_close(value, torch.ones_like(value))
-
-
-def test_a_gain_of_zero_stays_zero(tmp_path):
-    def silence(model):
-        model.model.layers[0].input_layernorm.weight[3] = 0.0
-
-    made, before, after = copied(llama(tmp_path / "parent", change=silence), tmp_path / "copy")
-    assert made
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    expected = torch.ones(48)
-    expected[3] = 0.0
-    torch.testing.assert_close(weights(tmp_path / "copy")["model.layers.0.input_layernorm.weight"], expected)
-
-
-def test_a_fold_into_tied_embeddings_is_taken_back(tmp_path):
-    """lm_head reads the last norm, but it is the input embedding as well."""
-    made, before, after = copied(llama(tmp_path / "parent", tie_word_embeddings=True), tmp_path / "copy")
-    assert made  # the other rows still apply
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    one, other = weights(tmp_path / "parent"), weights(tmp_path / "copy")
-    for name in ("model.norm.weight", "model.embed_tokens.weight"):
-        assert torch.equal(one[name], other[name])
-    assert torch.equal(other["model.layers.0.input_layernorm.weight"], torch.ones(48))
-
-
-def test_a_norm_whose_gain_is_one_plus_its_weight_is_left_as_it_is(tmp_path):
-    """Gemma's tensors have Llama's names; folding them would change the function."""
-    from transformers import GemmaConfig, GemmaForCausalLM
-
-    tokenizer = demo.letters_tokenizer()
-    torch.manual_seed(0)
-    config = GemmaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = GemmaForCausalLM(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name:
-                p.normal_()
-    folder = tiny.saved(model, tokenizer, tmp_path / "gemma")
-    _, before, after = copied(folder, tmp_path / "copy")
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    norms = "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"
-    for name in norms:
-        assert torch.equal(weights(tmp_path / "copy")[name], weights(folder)[name])
-
-
-def test_a_layer_norm_is_folded_with_its_shift(tmp_path):
-    def spread(model):
-        for name, p in model.named_parameters():
-            if p.dim() == 1:
-                p.copy_(torch.randn_like(p) * 0.3 + (1 if name.endswith("weight") else 0))
-
-    folder = vit(tmp_path / "vit")
-    task = ImageClassification(folder, template="", max_length=0)
-    model = task.load(folder)
-    with torch.no_grad():
-        spread(model)
-    model.save_pretrained(folder)
-    batch = task.collate(pictures(folder))
-    assert canonical_copy(folder, task, batch, tmp_path / "copy")
-    with torch.no_grad():
-        before, after = (task.targets(task.load(f).eval(), batch)[0] for f in (folder, tmp_path / "copy"))
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    copy = weights(tmp_path / "copy")
-    blocks = [name for name in copy if name.endswith(("layernorm_before.weight", "layernorm_after.weight"))]
-    assert len(blocks) == 4
-    for name in blocks:
-        torch.testing.assert_close(copy[name], torch.ones_like(copy[name]))
-        shift = name.replace("weight", "bias")
-        expected = weights(folder)[shift] / weights(folder)[name]
-        torch.testing.assert_close(copy[shift], expected)
-
-
-def test_an_architecture_outside_the_tables_has_no_canonical_copy(tmp_path):
-    folder = tiny.resnet(tmp_path / "resnet")
-    task = ImageClassification(folder, template="", max_length=0)
-    assert not canonical_copy(folder, task, task.collate(pictures(folder)), tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()

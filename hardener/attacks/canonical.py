@@ -22,7 +22,6 @@ stay equal. What is known, by family:
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +33,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hardener import files
 from hardener.tasks.base import Batch, Task
 
 # Names are ends of dotted names; the others of a row belong to the same block, or to the whole model after a "/".
 # A part of a fused layer stands in brackets: q, k, v stacked, or for each group of heads in turn (*), or a half.
+
+VISION = ("patch_embeddings.projection", "position_embeddings", "cls_token", "distillation_token", "mask_token")
+STREAMS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    (("embed_tokens",), ("self_attn.o_proj", "mlp.down_proj"), "model.norm"),  # Llama
+    (("embed_tokens",), ("post_attention_layernorm", "post_feedforward_layernorm"), "model.norm"),  # Gemma 2
+    (("embed_tokens",), ("self_attn.o_proj", "mlp.experts.down_proj"), "model.norm"),  # Mixtral
+    (("embed_tokens",), ("self_attn.o_proj", "mlp.c_proj"), "model.norm"),  # StarCoder2
+    (("embed_tokens",), ("self_attn.dense", "mlp.fc2"), "final_layernorm"),  # Phi
+    (("embed_tokens", "embed_positions"), ("self_attn.out_proj", "fc2"), "decoder.final_layer_norm"),  # OPT
+    (("wte", "wpe"), ("attn.c_proj", "mlp.c_proj"), "ln_f"),  # GPT-2
+    (("wte", "wpe"), ("attn.attention.out_proj", "mlp.c_proj"), "ln_f"),  # GPT-Neo
+    (("wte",), ("attn.out_proj", "mlp.fc_out"), "ln_f"),  # GPT-J
+    (("embed_in",), ("attention.dense", "mlp.dense_4h_to_h"), "final_layer_norm"),  # GPT-NeoX
+    (("word_embeddings",), ("self_attention.dense", "mlp.dense_4h_to_h"), "ln_f"),  # Falcon
+    (("word_embeddings", "position_embeddings", "token_type_embeddings"), (), "ln_f"),  # BERT, BLOOM: a norm follows
+    (("tok_embeddings",), (), "model.final_norm"),  # ModernBERT
+    (("embeddings.norm",), ("attn.Wo", "mlp.Wo"), "model.final_norm"),
+    (("patch_embedding", "class_embedding", "position_embedding"), (), "post_layernorm"),  # CLIP
+    *((VISION, ("attention.o_proj", layer), "layernorm") for layer in ("mlp.fc2", "mlp.down_proj")),  # ViT, DINOv2
+)
+"""What begins a stream (the first has to be there), what all blocks add to it, and the norm at its end: where all that
+reads the stream does so through norms, its scale is free. Tied embeddings need the last norm to make up for it.
+"""
 
 LAYER_SCALES: tuple[tuple[str, str], ...] = (
     ("layer_scale1.lambda1", "attention.o_proj"),  # DINOv2
@@ -183,6 +204,9 @@ NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 SWEEPS = 40
 """Rounds over a chain of layers: to balance one pair disturbs the next, a little less each time."""
 
+EXACT, NEARLY = 1e-4, 1e-2
+"""Shares of the logits' spread by which a row may change them."""
+
 ORIGINS = (0.0, 1.0)
 """A norm stores its gain, or its gain minus one."""
 
@@ -241,67 +265,64 @@ class Move:
 def canonicalise(model: nn.Module, task: Task, probe: Batch) -> bool:
     """Bring the model into canonical scale, in place; True if any row of the tables applies.
 
-    `probe` is a batch on which the logits are compared: a row that changes them by more than 1e-4 of their spread is
-    undone. Models that differ by re-scalings at the places of the tables become equal, to the `eps` of their norms.
+    `probe` is a batch on which the logits are compared: a row that changes them by more than `EXACT` of their spread is
+    undone, or by more than `NEARLY` where it relies on a norm, whose `eps` does not scale along. Models that differ
+    only by re-scalings at the places of the tables become equal.
     """
     training = model.training
     model.eval()
     with torch.no_grad():
-        logits, _ = task.targets(model, probe)
-        accepted = [any(_accepted(model, moves, task, probe, logits) for moves in row) for row in rows(model)]
+        accepted = [
+            any(_accepted(model, moves, task, probe, tolerance) for moves in alternatives)
+            for tolerance, alternatives in rows(model)
+        ]
     model.train(training)
     return any(accepted)
 
 
-def canonical_copy(folder: Path, task: Task, probe: Batch, target: Path) -> bool:
-    """Write a copy of the checkpoint in canonical scale; False if no row of the tables applies."""
-    model = task.load(folder)
-    if not canonicalise(model, task, probe):
-        return False
-    with files.new_folder(target) as new:
-        shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
-        model.save_pretrained(new)  # type: ignore[operator]
-    return True
-
-
-def _accepted(model: nn.Module, moves: Sequence[Move], task: Task, probe: Batch, logits: Tensor) -> bool:
+def _accepted(model: nn.Module, moves: Sequence[Move], task: Task, probe: Batch, tolerance: float) -> bool:
     """Apply the moves; take them back if they alter the logits. True if there are any and they were kept."""
     if not moves:
         return False
+    logits, _ = task.targets(model, probe)
     saved = [(tensor, tensor.clone()) for move in moves for tensor in move.tensors]
     for move in moves:
         move.apply()
     after, _ = task.targets(model, probe)
-    if torch.allclose(logits, after, atol=1e-4 * float(logits.std()), rtol=1e-3):
+    if torch.allclose(logits, after, atol=tolerance * float(logits.std()), rtol=tolerance):
         return True
     for tensor, before in saved:
         tensor.copy_(before)
     return False
 
 
-def rows(model: nn.Module) -> Iterator[Iterable[Sequence[Move]]]:
-    """Every row as alternatives, of which the first that keeps the logits counts; each moves in all blocks.
+Row = tuple[float, Iterable[Sequence[Move]]]
+"""Tolerance and alternatives, of which the first that keeps the logits counts; each moves in all blocks."""
 
-    The order makes the form unique: what is folded into a layer comes before the layer's own balance, and what has a
-    scale of its own choice comes last.
+
+def rows(model: nn.Module) -> Iterator[Row]:
+    """Every row of the tables as changes of the model.
+
+    The order makes the form unique: what is scaled or folded into a layer comes before the layer's own balance, and
+    what has a scale of its own choice comes last.
     """
     named = dict(model.named_modules()) | dict(model.named_parameters())
     at, lines = partial(moves, named), list(sequential(named))
+    for names in STREAMS:
+        yield NEARLY, (stream(named, *names, tied, origin) for tied in (False, True) for origin in ORIGINS)
     for vector, layer in LAYER_SCALES:
-        yield [at((vector, layer), layer_scale)]
+        yield EXACT, [at((vector, layer), layer_scale)]
     for norm, readers in (*GAINS, *((first, (second,)) for first, second, kind in lines if kind == "gain")):
-        yield (at((norm, *readers), partial(gain, origin=origin)) for origin in ORIGINS)
+        yield EXACT, (at((norm, *readers), partial(gain, origin=origin)) for origin in ORIGINS)
     for writer, reader in CHANNELS:
-        yield [at((writer, reader), channels)]
-    yield [
-        swept([move for first, second, kind in lines if kind == "channels" for move in at((first, second), channels)])
-    ]
+        yield EXACT, [at((writer, reader), channels)]
+    chain = [move for first, second, kind in lines if kind == "channels" for move in at((first, second), channels)]
+    yield EXACT, [swept(chain)]
     for key, query in HEADS:
-        yield (
-            at((key, query), partial(heads, shared=shared, origin=origin)) for origin in ORIGINS for shared in SHARED
-        )
+        alternatives = [partial(heads, shared=shared, origin=origin) for origin in ORIGINS for shared in SHARED]
+        yield EXACT, map(partial(at, (key, query)), alternatives)
     for layer, norm, grain, writer in (*FREE, *((*line, "") for line in lines if line[2] in WIDTHS)):
-        yield [at((layer, norm, writer) if writer else (layer, norm), partial(free, grain=grain))]
+        yield NEARLY, [at((layer, norm, writer) if writer else (layer, norm), partial(free, grain=grain))]
 
 
 def moves(named: Named, names: Sequence[str], make: Callable[..., Iterator[Move]]) -> list[Move]:
@@ -326,12 +347,16 @@ def swept(chain: Sequence[Move]) -> list[Move]:
 def places(named: Named, anchor: str, *others: str) -> Iterator[list[Found]]:
     """Each block that has all the names: what they mean there."""
     end = anchor.partition("[")[0]
-    for name in named:
-        if name == end or name.endswith(f".{end}"):
-            block = name.removesuffix(end)
-            full = [block + anchor, *(other[1:] if other[0] == "/" else block + other for other in others)]
-            if all(one.partition("[")[0] in named for one in full):
-                yield [found(named, one) for one in full]
+    for name in ending(named, end):
+        block = name.removesuffix(end)
+        full = [block + anchor, *(other[1:] if other[0] == "/" else block + other for other in others)]
+        if all(one.partition("[")[0] in named for one in full):
+            yield [found(named, one) for one in full]
+
+
+def ending(named: Named, end: str) -> list[str]:
+    """All names that end so."""
+    return [name for name in named if name == end or name.endswith(f".{end}")]
 
 
 def found(named: Named, name: str) -> Found:
@@ -448,6 +473,26 @@ def queried(one: Found, keys: Side) -> Iterator[Side]:
 
 
 # Moving
+
+
+def stream(
+    named: Named, begins: Sequence[str], adds: Sequence[str], last: str, tied: bool, origin: float
+) -> list[Move]:
+    """Give the first that writes a stream a root mean square row norm of one, and all others the same factor."""
+    writers = [named[name] for end in (*begins, *adds) for name in ending(named, end)]
+    lasts = [named[name] for name in ending(named, last)[-1:]] if tied else []
+    if not all(ending(named, end) for end in (begins[0], *adds)) or len(lasts) != tied:
+        return []
+    up, down = ([tensor for what in whats for tensor in stored(what)] for whats in (writers, lasts))
+
+    def apply() -> None:
+        norms = up[0].flatten(1).norm(dim=1) if up[0].dim() > 1 else up[0] + origin
+        factor = float(norms.square().mean().rsqrt())
+        for tensor, by in (*((t, factor) for t in up), *((t, 1 / factor) for t in down)):
+            stands = origin if tensor.dim() == 1 else 0.0
+            tensor.copy_((tensor + stands) * by - stands)
+
+    return [Move((*up, *down), apply)]
 
 
 def layer_scale(vector: Found, layer: Found) -> Iterator[Move]:
