@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import small
 import tiny
+from judge_models import classifier, guard  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session", autouse=True)
