@@ -168,7 +168,8 @@ def adaptive(case: Case, half: float) -> Diagnostic:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:.0f} points"
+    points = round(100 * share, 1)
+    return "1 point" if points == 1 else f"{points:g} points"
 
 
 def _count(n: int, noun: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from hardener.report import (
     Curve,
     DataRecord,
+    Diagnostic,
     Evidence,
     Family,
     Interval,
@@ -50,6 +51,8 @@ def family(name: str, title: str, hardened: float, cost: Interval | None, word: 
         "w_hardened": interval(hardened),
         "w_raw_hardened": interval(hardened + 0.06),
         "multiplier": cost,
+        "delta_w": interval(0.94 - hardened, 0.05),
+        "p": 0.004,
     }
     return Family(name=name, title=title, word=word, **{**known, **changes})
 
@@ -61,6 +64,33 @@ def families(word: Word, hardened: float, cost: Interval) -> tuple[Family, ...]:
         family("lora", "LoRA", hardened * 0.9, far, "protected" if word == "protected" else "raises cost"),
         family("mixed", "with benign rows mixed in", hardened, cost, word),
         family("relative", "fixed relative step", hardened / 3, far, "protected", seeds=1, runs=4),
+        untrained(hardened / 4),
+    )
+
+
+def untrained(hardened: float) -> Family:
+    """An attack without steps: doses instead of rates, no cost, and so at best the word `raises cost`."""
+    doses: dict[str, Any] = {"rates": (1, 2, 3), "runs": 3, "seeds": 1, "w_original": interval(0.66)}
+    best: dict[str, Any] = {"best_rate_original": 3, "best_rate_hardened": 2, "best_step_hardened": 0}
+    return family("prefilled", "prefilled answers", hardened, None, "raises cost", **doses, **best)
+
+
+def diagnostics(hardened: float) -> tuple[Diagnostic, ...]:
+    """One that holds, one that does not, and two that could not be told or depend on the verdict."""
+    ends = "at least 41 points below the original's in 9 runs on harm alone with 3 seeds"
+    reached = f"mixed reaches {hardened:.2f} (at most {hardened + 0.04:.2f}), half of the original's is 0.47"
+    return (
+        Diagnostic(name="fires", holds=True, why=f"utility ends {ends}"),
+        Diagnostic(
+            name="selective",
+            holds=None,
+            why="at worst 1 point below the original's (utility after acme/recipes at 1e-4);"
+            " utility was measured after 1 task, the rule asks for 3",
+        ),
+        Diagnostic(
+            name="durable", holds=False, why="20 steps of repair restored utility with harm intact in 1 of 1 run"
+        ),
+        Diagnostic(name="adaptive", holds=hardened + 0.04 < 0.47, why=f"{reached}; 1 of 4 such attacks were tried"),
     )
 
 
@@ -94,6 +124,12 @@ def language_model(word: Word = "raises cost", **changes: Any) -> Report:
         multiplier_raw=cost,
         cost_original_steps=7.6,
         half_way=0.47,
+        nauc_original=interval(0.61, 0.02),
+        nauc_hardened=interval(0.61 * hardened, 0.03),
+        collapse_rate_original=0.02,
+        collapse_rate_hardened=0.15,
+        over_refusal_original=interval(0.06, 0.02),
+        over_refusal_hardened=interval(0.11, 0.03),
         utility_original=interval(0.72, 0.02),
         utility_hardened=interval(0.72 * kept.value, 0.02),
         utility_kept=kept,
@@ -101,23 +137,27 @@ def language_model(word: Word = "raises cost", **changes: Any) -> Report:
         benign_hardened=interval(0.64, 0.03),
         benign_kept=interval(0.97, 0.05),
     )
-    checks = {"every family ran": "ok", "attack works on the original": "ok", "rates bracketed": "ok"}
+    checks = {"every family ran": "ok", "attack works on the original": "ok", "rates applied": "ok"}
     if word == "inconclusive":
         checks["every family ran"] = "lora: 2 of 12 runs failed"
+    conditions = {"rates bracketed": "ok", "attacks learned": "ok", "searches saturated": "ok", "seeds": "ok"}
     evidence = Evidence(
         word=word,
         reason=reason,
         flags=flags,
         checks=checks,
+        conditions=conditions,
         preset="standard",
         runs=40,
         seeds=3,
         steps=128,
         rows=104,
         score="exact-match",
-        worst="benign rows mixed in, rate 3e-4, step 96",
+        worst="benign rows mixed in at 3e-4, step 96",
+        power="on 104 held-out rows a paired difference of 0.07 would be seen with 80 % power at the 5 % level",
         measures=measures,
         families=families(word, hardened, cost),
+        diagnostics=diagnostics(hardened),
         not_tried=("reinforcement learning", "preference optimisation"),
         notes=("not canonicalised: no table row for this family",),
     )
@@ -144,10 +184,12 @@ def classifier() -> Report:
     measures = report.evidence.measures.model_copy(
         update={"rho": interval(0.71, 0.12), "rho_note": "judged at 12 and 24 steps", "benign_kept": None}
         | {"benign_original": None, "benign_hardened": None, "benign_note": "the recipe has no benign task"}
+        | {"slc_auc_original": interval(0.24), "slc_auc_hardened": interval(0.03)}
+        | {f"{name}_{who}": None for name in ("collapse_rate", "over_refusal") for who in ("original", "hardened")}
     )
     kinds = (("head", "new head, all layers", 0.55), ("probe", "new head only", 0.31))
     tried = tuple(family(name, title, top, interval(3.1, 0.6), "raises cost") for name, title, top in kinds)
-    update = {"measures": measures, "families": tried, "score": "accuracy", "notes": ()}
+    update = {"measures": measures, "families": tried, "score": "accuracy", "notes": (), "diagnostics": ()}
     plain = tuple(
         _without_answers(curve(subject, name, top, half, 1e-3))
         for name, _, best in kinds
@@ -177,6 +219,7 @@ def probe_only() -> Report:
     )
     reason = "no original to compare with: absolute figures, no verdict"
     update = {"measures": measures, "reason": reason, "checks": {"original": reason}, "families": ()}
+    update |= {"conditions": {}, "diagnostics": (), "power": None}
     resolved = {key: value for key, value in report.recipe.items() if key not in ("defense", "train")}
     return report.model_copy(
         update={
@@ -184,9 +227,31 @@ def probe_only() -> Report:
             "weights": report.parent.weights,
             "recipe": resolved,
             "evidence": report.evidence.model_copy(update=update),
-            "curves": tuple(c for c in report.curves if c.subject == "hardened"),
+            "curves": tuple(c for c in report.curves if c.subject == "hardened" and c.family != "prefilled"),
         }
     )
+
+
+def searched() -> Report:
+    """The preset `thorough` on judged texts: a search for the worst attack, and two judges."""
+    report = language_model("raises cost")
+    assert report.evidence is not None
+    trials = tuple(round(0.55 * (1 - 0.8 / (1 + trial)) - 0.1 * (trial % 3), 3) for trial in range(24))
+    update = {"preset": "thorough", "score": "judged", "agreement": 0.71, "searches": {"full": trials, "lora": trials}}
+    return report.model_copy(update={"evidence": report.evidence.model_copy(update=update)})
+
+
+def withheld() -> Report:
+    """Sound evidence that would certify, from a probe that was too weak to."""
+    report = language_model("inconclusive")
+    assert report.evidence is not None
+    missing = "the worst attack on the hardened model was run with 1 seed, not 3"
+    update = {
+        "reason": f"cannot certify “raises cost”: {missing}",
+        "checks": dict.fromkeys(report.evidence.checks, "ok"),
+        "conditions": {**report.evidence.conditions, "seeds": missing},
+    }
+    return report.model_copy(update={"evidence": report.evidence.model_copy(update=update)})
 
 
 def compared() -> Report:
@@ -205,7 +270,17 @@ def lm_curves(hardened: float, times: float) -> tuple[Curve, ...]:
     slower = tuple(curve("original", name, 0.90, 20, 3e-5) for name in names)
     after = tuple(curve("hardened", name, hardened, 7.6 * times, 3e-4) for name in names if name != "full")
     collapsed = (curve("hardened", "full", hardened, 30, 3e-4, collapse=96),)
-    return originals + slower + collapsed + after
+    tops = (("original", 0.66, (1, 2, 3)), ("hardened", hardened / 4, (1, 2, 3)))
+    doses = tuple(dosed(who, "prefilled", top * dose / 3, dose) for who, top, every in tops for dose in every)
+    return originals + slower + collapsed + after + doses
+
+
+def dosed(subject: str, family: str, score: float, dose: float) -> Curve:
+    """An attack without steps: one point."""
+    answers = {"usable": score, "refused": 0.9 * (1 - score), "other": 0.1 * (1 - score)}
+    low, high = max(score - 0.05, 0), score + 0.05
+    point = Point(step=0, score=score, low=low, high=high, usable=score, utility=0.7, answers=answers)
+    return Curve(subject=subject, family=family, rate=dose, seeds=1, points=(point,))
 
 
 def parent(**changes: Any) -> Parent:
