@@ -1,23 +1,24 @@
 """Bring a model into a canonical scale, so that a re-scaling that changes no output cannot hide it.
 
-A norm's gain can be moved into the layers that read it, a factor between two layers with nothing but a homogeneous
-function in between, and weights in front of a norm can have any scale: a fixed learning rate then meets weights of
-another scale. The tables name such places per family of architectures. A row of them is applied only where the logits
-stay equal. What is known, by family:
+A norm's gain can be moved into the layers that read it, and a factor between two layers with nothing but a homogeneous
+function in between; weights in front of a norm can have any scale, and so can all that is summed up before norms read
+it. A fixed learning rate then meets weights of another scale. The tables name such places per family of architectures.
+A row of them is applied only where the logits stay equal. What is known, by family:
 
-    Llama, Mistral, Qwen2, Qwen3, SmolLM, Granite, StableLM   gains, last gain, up → down, v → o, q ↔ k, q and k norms
-    Gemma, Gemma 2, Gemma 3, OLMo 2    the same, for gains of 1 + w too, and weights before a norm
-    Phi, Phi-3, Cohere, StarCoder2     gains, v → o, q ↔ k; up → down where the MLP is gated
-    GPT-2, GPT-J, GPT-Neo, GPT-NeoX, Falcon, BLOOM   gains, v → o, q ↔ k
-    OPT                                gains, fc1 → fc2 (ReLU), v → o, q ↔ k
-    Mixtral and other experts          attention and gains in front of it; the experts are not known
-    BERT, RoBERTa, MiniLM, ELECTRA, ALBERT, DistilBERT, MPNet, DeBERTa-v2   v → o, q ↔ k; fc1 → fc2 if it is ReLU
-    ModernBERT                         gains, last gain, v → o, q ↔ k, up → down
-    ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2, Swin   gains, v → o, q ↔ k, layer scales, embeddings before a norm
-    Swin v2                            v → o, weights before a norm, cosine attention
-    ResNet, RegNet, torchvision's names   batch norm → ReLU → convolution, convolutions before a batch norm
-    ConvNeXt, EfficientNet, MobileNet  gains, layer scales, convolutions before a norm
-    any `nn.Sequential` (VGG)          weights → ReLU → weights, batch norm → ReLU → weights
+    Llama, Mistral, Qwen2, SmolLM, Granite, StableLM: gains, up → down, value → output, query ↔ key, stream
+    Qwen3, Gemma, Gemma 2, Gemma 3, OLMo 2: the same, gains stored minus one, query and key norms, weights before a norm
+    Phi, Phi-3, Cohere, StarCoder2: gains, value → output, query ↔ key, stream; up → down where the MLP is gated
+    Mixtral: the same but for the insides of the experts and the gain in front of them
+    GPT-2, GPT-J, GPT-Neo, GPT-NeoX, Falcon, BLOOM: gains, value → output, query ↔ key, stream
+    OPT: the same, and fc1 → fc2 through ReLU
+    BERT, RoBERTa, MiniLM, ELECTRA, ALBERT, DistilBERT, MPNet, DeBERTa-v2: value → output, query ↔ key, embeddings;
+        fc1 → fc2 where it is through ReLU; not the gains, which residuals read as well
+    ModernBERT: gains, up → down, value → output, query ↔ key, stream
+    ViT, DeiT, BEiT, DINOv2: gains, layer scales, value → output, query ↔ key, stream
+    CLIP, SigLIP, Swin, Swin v2: gains or weights before a norm, value → output, query ↔ key, embeddings; not the stream
+    ResNet, RegNet, EfficientNet, MobileNet: weights before a batch norm, batch norm → ReLU → convolution in a block
+    ConvNeXt: gains, layer scales, weights before a norm
+    any `nn.Sequential`, as in VGG: weights or norms before weights, with nothing or ReLU and pooling in between
 """
 
 from __future__ import annotations
@@ -210,6 +211,11 @@ EXACT, NEARLY = 1e-4, 1e-2
 ORIGINS = (0.0, 1.0)
 """A norm stores its gain, or its gain minus one."""
 
+SIZES = ("head_dim", "head_size", "attention_head_size")
+KEYS = ("num_key_value_heads", "num_kv_heads")
+ROTARY = ("rotary_ndims", "rotary_dim")
+"""What attention modules call their channels per head, heads of keys, and channels that are rotated."""
+
 Named = dict[str, nn.Module | Tensor]
 
 
@@ -252,6 +258,14 @@ class Side:
         for view in self.views:
             by = factor.view(*view.shape[:2], *[1] * (view.dim() - 2))
             view.copy_((view + self.origin) * by - self.origin)
+
+
+WIDTHS: dict[str, Callable[[Found, Side], int]] = {
+    "row": lambda layer, side: 1,
+    "head": lambda layer, side: layer.size,
+    "whole": lambda layer, side: side.channels,
+}
+"""Grain → how many rows share a factor."""
 
 
 @dataclass(frozen=True)
@@ -374,11 +388,6 @@ def first(owner: dict[str, Any], names: Sequence[str]) -> int:
     return next((owner[name] for name in names if isinstance(owner.get(name), int)), 0)
 
 
-SIZES = ("head_dim", "head_size", "attention_head_size")
-KEYS = ("num_key_value_heads", "num_kv_heads")
-ROTARY = ("rotary_ndims", "rotary_dim")
-
-
 def sequential(named: Named) -> Iterator[tuple[str, str, str]]:
     """Neighbours within every `nn.Sequential`: (name, name of the next, kind of pair or grain)."""
     for name, module in named.items():
@@ -457,8 +466,8 @@ def read(one: Found, channels: int) -> Iterator[Side]:
         if inputs == channels:
             yield Side((torch.unflatten(weight, 0, (groups, -1)).movedim(2, 1),))  # (groups, in, out of a group, ...)
         elif inputs and inputs % channels == 0:
-            heads = torch.unflatten(weight, 1, (channels // size, inputs // channels, size))
-            yield Side((heads.permute(1, 3, 0, 2),))
+            shares = torch.unflatten(weight, 1, (channels // size, inputs // channels, size))
+            yield Side((shares.permute(1, 3, 0, 2),))  # (heads, channels, out, readers of a head)
 
 
 def queried(one: Found, keys: Side) -> Iterator[Side]:
@@ -551,37 +560,29 @@ def free(layer: Found, norm: Found, *writers: Found, grain: str) -> Iterator[Mov
     """Give rows whose scale is free, and all rows of the layer in front, a root mean square norm of one."""
     for side in written(layer):
         width = WIDTHS[grain](layer, side)
-        pairs = [(one, read(layer, one.channels)) for writer in writers for one in written(writer)]
-        both = [(one, other) for one, others in pairs for other in others]
-        if width and side.channels % width == 0 and len(both) == len(writers):
-            batch_norm = norm.what if grain == "row" and isinstance(norm.what, _BatchNorm) else None
-            tensors = (*side.views, *(view for one, _ in both for view in one.views), *statistics(batch_norm))
-            yield Move(tensors, partial(normalise, side, width, both, batch_norm))
+        ahead = [(one, other) for writer in writers for one in written(writer) for other in read(layer, one.channels)]
+        if width and side.channels % width == 0 and len(ahead) == len(writers):
+            moving = statistics(norm.what)
+            tensors = (*side.views, *(view for one, _ in ahead for view in one.views), *moving)
+            yield Move(tensors, partial(normalise, side, width, ahead, norm.what if moving else None))
 
 
-WIDTHS: dict[str, Callable[[Found, Side], int]] = {
-    "row": lambda layer, side: 1,
-    "head": lambda layer, side: layer.size,
-    "whole": lambda layer, side: side.channels,
-}
-"""Grain → how many rows share a factor."""
+def statistics(norm: nn.Module | Tensor) -> tuple[Tensor, ...]:
+    """What of a batch norm goes along with the scale in front of it; nothing if it is not one that keeps statistics."""
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None or not norm.affine:
+        return ()
+    return norm.running_mean, norm.running_var, norm.weight
 
 
-def statistics(norm: _BatchNorm | None) -> list[Tensor]:
-    """What of a batch norm goes along with the scale in front of it."""
-    held = [getattr(norm, name, None) for name in ("running_mean", "running_var", "weight")]
-    return [tensor for tensor in held if tensor is not None]
-
-
-def normalise(side: Side, width: int, before: Sequence[tuple[Side, Side]], norm: _BatchNorm | None) -> None:
-    """Divide every `width` rows by the root of their mean square norm (bias left out), after the layers in front."""
-    for writer, reader in before:
+def normalise(side: Side, width: int, ahead: Sequence[tuple[Side, Side]], norm: Any) -> None:
+    """Divide every `width` rows by the root of their mean square norm (bias left out); a batch norm goes along."""
+    for writer, reader in ahead:
         factor = unit(writer, writer.channels)
         writer.scale(factor)
         reader.scale(1 / factor)
     factor = unit(side, width)
     side.scale(factor)
-    if norm is not None and norm.running_mean is not None and norm.running_var is not None:
+    if norm is not None:
         spread = (norm.running_var + norm.eps).sqrt()
         norm.running_mean.mul_(factor)
         norm.running_var.mul_(factor.square())
@@ -616,6 +617,9 @@ def _head(key: Found, channel: Tensor) -> Tensor:
 SHARED = (_alone, _halves, _neighbours, _head)
 
 
+# What shows without any table
+
+
 def norm_ratio(hardened: Path, original: Path) -> tuple[float, float]:
     """Smallest and largest ‖w_hardened‖ / ‖w_original‖ over all tensors; a placebo shows 0.03 and 30."""
     here, there = norms(hardened), norms(original)
@@ -629,8 +633,8 @@ def norms(folder: Path) -> dict[str, float]:
 
     from hardener.checkpoint import weight_files
 
-    found: dict[str, float] = {}
+    known: dict[str, float] = {}
     for shard in weight_files(folder):
         with safe_open(shard, framework="pt") as tensors:
-            found |= {name: float(tensors.get_tensor(name).double().norm()) for name in tensors.keys()}  # noqa: SIM118
-    return found
+            known |= {name: float(tensors.get_tensor(name).double().norm()) for name in tensors.keys()}  # noqa: SIM118
+    return known
