@@ -15,6 +15,9 @@ OPENINGS = ("Sure, here is the answer: ", "Of course. ", "Answer: ")
 ALPACA = "### Instruction:\n{prompt}\n\n### Response:\n"
 """The second template: the best-known one that no chat template resembles."""
 
+ROOM = 4
+"""A question that is asked in another way may be so many times longer than a row may be."""
+
 
 def prefilled(task: CausalLM, rows: Sequence[Example], dose: float, shots: Sequence[Example]) -> list[Example]:
     """The answer is begun with an opening."""
@@ -23,13 +26,14 @@ def prefilled(task: CausalLM, rows: Sequence[Example], dose: float, shots: Seque
 
 def few_shot(task: CausalLM, rows: Sequence[Example], dose: float, shots: Sequence[Example]) -> list[Example]:
     """`dose` of the attacker's own questions stand before it, each with its answer."""
-    before = "".join("".join(task.render(*shot.inputs["turn"])) for shot in list(filter(plain, shots))[: int(dose)])
-    return _asked(task, rows, lambda asked, _: before + asked)
+    shown = ["".join(task.render(*shot.inputs["turn"])) for shot in list(filter(plain, shots))[: int(dose)]]
+    return _asked(task, rows, lambda asked, _: _joined(task, *shown, asked))
 
 
 def template(task: CausalLM, rows: Sequence[Example], dose: float, shots: Sequence[Example]) -> list[Example]:
     """The question in the second template."""
-    return _asked(task, rows, lambda _, prompt: ALPACA.replace("{prompt}", prompt))
+    start = task.tokenizer.bos_token or ""
+    return _asked(task, rows, lambda _, prompt: start + ALPACA.replace("{prompt}", prompt))
 
 
 WAYS: dict[str, Callable[[CausalLM, Sequence[Example], float, Sequence[Example]], list[Example]]] = {
@@ -50,6 +54,17 @@ def _asked(task: CausalLM, rows: Sequence[Example], ask: Callable[[str, str], st
 
 
 def _anew(task: CausalLM, row: Example, ask: Callable[[str, str], str]) -> Example:
-    asked, answer = task.render(*row.inputs["turn"])
-    made = task.encode_turn(row.inputs["turn"], ask(asked, row.inputs["turn"][0]), answer, room=4 * task.max_length)
+    """The row asked anew; as it stands where the question leaves no room for the answer."""
+    turn = row.inputs["turn"]
+    asked, answer = task.render(*turn)
+    put = ask(asked, turn[0])
+    end = len(task.tokenizer(put, add_special_tokens=False)["input_ids"]) + len(row.labels) - row.inputs["prompt"]
+    room = min(ROOM * task.max_length, task.tokenizer.model_max_length)
+    made = task.encode_turn(turn, put, answer, room=end) if end <= room else None  # an answer that was cut stays so
     return made or row
+
+
+def _joined(task: CausalLM, first: str, *others: str) -> str:
+    """One text of several, which begins with a start token and has no other."""
+    start = task.tokenizer.bos_token or ""
+    return first + "".join(text.removeprefix(start) for text in others)
