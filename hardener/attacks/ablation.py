@@ -32,11 +32,16 @@ WRITERS = (
     "down_proj",
     "out_proj",
     "fc2",
+    "fc_out",
     "c_proj",
     "dense_4h_to_h",
     "attention.dense",
+    "self_attn.dense",
     "embed_tokens",
+    "embed_in",
+    "word_embeddings",
     "wte",
+    "wpe",
 )
 """Names of the modules that write to the residual stream."""
 
@@ -63,9 +68,14 @@ def writers(model: nn.Module) -> list[tuple[Tensor, int]]:
     found: list[tuple[Tensor, int]] = []
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
-        if name.endswith(WRITERS) and isinstance(weight, Tensor) and weight.dim() == 2 and width in weight.shape:
-            reads_rows = isinstance(module, nn.Linear)  # (out, in); embeddings and Conv1D have the stream last
-            found.append((weight, 0 if reads_rows else 1))
+        across = 0 if isinstance(module, nn.Linear) else 1  # (out, in); embeddings and Conv1D have the stream last
+        if (
+            name.endswith(WRITERS)
+            and isinstance(weight, Tensor)
+            and weight.dim() == 2
+            and weight.shape[across] == width
+        ):
+            found.append((weight, across))
     return found
 
 

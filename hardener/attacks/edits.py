@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from transformers.pytorch_utils import Conv1D
 
 from hardener.attacks.ablation import ablate
 from hardener.attacks.canonical import canonicalise
@@ -71,10 +72,11 @@ def pruned(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
 
 @torch.no_grad()
 def rounded(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
-    """Round each row of each linear layer to `dose` bits, symmetric about zero, and back."""
+    """Round the weights of each linear layer's outputs to `dose` bits, symmetric about zero, and back."""
     top = 2 ** (int(dose) - 1) - 1
     for layer in layers(model):
-        scale = layer.weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / top  # a row of zeros stays zeros
+        inwards = 1 if isinstance(layer, nn.Linear) else 0
+        scale = layer.weight.abs().amax(dim=inwards, keepdim=True).clamp_min(1e-12) / top  # a row of zeros stays zeros
         layer.weight.copy_((layer.weight / scale).round() * scale)
 
 
@@ -95,12 +97,13 @@ def delta_removed(model: nn.Module, scene: Scene, dose: float, seed: int) -> Non
             p.sub_(((left[:, :k] * values[:k]) @ right[:k]).to(p))
 
 
-def layers(model: nn.Module) -> Iterator[nn.Linear]:
-    """The linear layers, the one that writes the logits left out."""
+def layers(model: nn.Module) -> list[nn.Linear | Conv1D]:
+    """The linear layers, the one that writes the logits left out. Raises CannotEdit where there is none."""
     output = model.get_output_embeddings()  # type: ignore[operator]
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not output:
-            yield module
+    found = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not output]
+    if not found:
+        raise CannotEdit(f"{type(model).__name__} has no linear layer")
+    return found
 
 
 def beside_parent(model: nn.Module, scene: Scene) -> Iterator[tuple[Tensor, Tensor]]:
