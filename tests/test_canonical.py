@@ -265,6 +265,36 @@ def test_layers_in_a_row_are_known_without_a_table():
     assert_same_weights(canonical(placebo), canonical(model))
 
 
+class Named(nn.Module):
+    """A residual block with torchvision's and timm's names."""
+
+    config = SimpleNamespace()
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.conv1, self.bn1 = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, pixel_values):
+        x = self.stem(pixel_values)
+        return SimpleNamespace(logits=(x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).mean((2, 3)))
+
+
+def test_a_block_is_known_by_torchvisions_names_too():
+    torch.manual_seed(0)
+    model = Named().eval()
+
+    def disguise(block):
+        placebos.shrink(block.bn1)
+        placebos.grow(block.conv1, block.conv2)
+        block.bn1.running_var.mul_(FACTOR**2)
+
+    placebo = changed(model, disguise)
+    assert_same_logits(placebo, model, 5e-3)
+    assert_same_weights(canonical(placebo), canonical(model))
+
+
 def test_a_model_outside_the_tables_has_no_canonical_form():
     class Bend(nn.Module):
         config = SimpleNamespace()

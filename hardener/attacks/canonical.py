@@ -205,6 +205,9 @@ NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 SWEEPS = 40
 """Rounds over a chain of layers: to balance one pair disturbs the next, a little less each time."""
 
+EMBEDDED = 0.1
+"""Root mean square of canonical embeddings: near what is common, and large beside the square root of a norm's `eps`."""
+
 EXACT, NEARLY = 1e-4, 1e-2
 """Shares of the logits' spread by which a row may change them."""
 
@@ -285,29 +288,31 @@ def canonicalise(model: nn.Module, task: Task, probe: Batch) -> bool:
     """
     training = model.training
     model.eval()
+    applied = False
     with torch.no_grad():
-        accepted = [
-            any(_accepted(model, moves, task, probe, tolerance) for moves in alternatives)
-            for tolerance, alternatives in rows(model)
-        ]
+        logits, _ = task.targets(model, probe)
+        for tolerance, alternatives in rows(model):
+            kept = (_kept(model, moves, task, probe, logits, tolerance) for moves in alternatives if moves)
+            after = next((one for one in kept if one is not None), None)
+            if after is not None:
+                logits, applied = after, True
     model.train(training)
-    return any(accepted)
+    return applied
 
 
-def _accepted(model: nn.Module, moves: Sequence[Move], task: Task, probe: Batch, tolerance: float) -> bool:
-    """Apply the moves; take them back if they alter the logits. True if there are any and they were kept."""
-    if not moves:
-        return False
-    logits, _ = task.targets(model, probe)
+def _kept(
+    model: nn.Module, moves: Sequence[Move], task: Task, probe: Batch, logits: Tensor, tolerance: float
+) -> Tensor | None:
+    """Apply the moves and return the logits; None, and everything is as before, if they differ."""
     saved = [(tensor, tensor.clone()) for move in moves for tensor in move.tensors]
     for move in moves:
         move.apply()
     after, _ = task.targets(model, probe)
     if torch.allclose(logits, after, atol=tolerance * float(logits.std()), rtol=tolerance):
-        return True
+        return after
     for tensor, before in saved:
         tensor.copy_(before)
-    return False
+    return None
 
 
 Row = tuple[float, Iterable[Sequence[Move]]]
@@ -487,21 +492,30 @@ def queried(one: Found, keys: Side) -> Iterator[Side]:
 def stream(
     named: Named, begins: Sequence[str], adds: Sequence[str], last: str, tied: bool, origin: float
 ) -> list[Move]:
-    """Give the first that writes a stream a root mean square row norm of one, and all others the same factor."""
+    """Give a stream a beginning of size one, and all that writes it the same factor."""
     writers = [named[name] for end in (*begins, *adds) for name in ending(named, end)]
     lasts = [named[name] for name in ending(named, last)[-1:]] if tied else []
     if not all(ending(named, end) for end in (begins[0], *adds)) or len(lasts) != tied:
         return []
+    size = beginning(writers[0], origin)
     up, down = ([tensor for what in whats for tensor in stored(what)] for whats in (writers, lasts))
 
     def apply() -> None:
-        norms = up[0].flatten(1).norm(dim=1) if up[0].dim() > 1 else up[0] + origin
-        factor = float(norms.square().mean().rsqrt())
-        for tensor, by in (*((t, factor) for t in up), *((t, 1 / factor) for t in down)):
+        for tensor, factor in (*((t, 1 / size) for t in up), *((t, size) for t in down)):
             stands = origin if tensor.dim() == 1 else 0.0
-            tensor.copy_((tensor + stands) * by - stands)
+            tensor.copy_((tensor + stands) * factor - stands)
 
-    return [Move((*up, *down), apply)]
+    return [Move((*up, *down), apply)] if size else []
+
+
+def beginning(what: nn.Module | Tensor, origin: float) -> float:
+    """Size of a stream where it begins, of an embedding's values, a norm's gains or a projection's rows; 0: unknown."""
+    for weight in stored(what)[:1]:
+        if isinstance(what, nn.Embedding):
+            return float(weight.square().mean().sqrt()) / EMBEDDED
+        sizes = weight.flatten(1).norm(dim=1) if weight.dim() > 1 else weight + origin
+        return float(sizes.square().mean().sqrt())
+    return 0.0
 
 
 def layer_scale(vector: Found, layer: Found) -> Iterator[Move]:
