@@ -6,16 +6,19 @@ it. A fixed learning rate then meets weights of another scale. The tables name s
 A row of them is applied only where the logits stay equal. What is known, by family:
 
     Llama, Mistral, Qwen2, SmolLM, Granite, StableLM: gains, up → down, value → output, query ↔ key, stream
-    Qwen3, Gemma, Gemma 2, Gemma 3, OLMo 2: the same, gains stored minus one, query and key norms, weights before a norm
+    Qwen3, Gemma, Gemma 2, Gemma 3: the same, with gains stored minus one, query and key norms, weights before a norm
+    OLMo 2: last gain, up → down, value → output, query and key norms, weights before a norm
     Phi, Phi-3, Cohere, StarCoder2: gains, value → output, query ↔ key, stream; up → down where the MLP is gated
-    Mixtral: the same but for the insides of the experts and the gain in front of them
-    GPT-2, GPT-J, GPT-Neo, GPT-NeoX, Falcon, BLOOM: gains, value → output, query ↔ key, stream
-    OPT: the same, and fc1 → fc2 through ReLU
+    Mixtral: gains before attention, value → output, query ↔ key, stream; not what is inside the experts
+    GPT-2, GPT-J, GPT-Neo, GPT-NeoX, Falcon: gains, value → output, query ↔ key, stream
+    BLOOM: gains, value → output, query ↔ key, embeddings; not the stream
+    OPT: gains, fc1 → fc2 through ReLU, value → output, query ↔ key, stream
     BERT, RoBERTa, MiniLM, ELECTRA, ALBERT, DistilBERT, MPNet, DeBERTa-v2: value → output, query ↔ key, embeddings;
         fc1 → fc2 where it is through ReLU; not the gains, which residuals read as well
     ModernBERT: gains, up → down, value → output, query ↔ key, stream
     ViT, DeiT, BEiT, DINOv2: gains, layer scales, value → output, query ↔ key, stream
-    CLIP, SigLIP, Swin, Swin v2: gains or weights before a norm, value → output, query ↔ key, embeddings; not the stream
+    CLIP, Swin, Swin v2: gains or weights before a norm, value → output, query ↔ key, embeddings; not the stream
+    SigLIP: gains, value → output, query ↔ key; not the stream
     ResNet, RegNet, EfficientNet, MobileNet: weights before a batch norm, batch norm → ReLU → convolution in a block
     ConvNeXt: gains, layer scales, weights before a norm
     any `nn.Sequential`, as in VGG: weights or norms before weights, with nothing or ReLU and pooling in between
