@@ -29,6 +29,7 @@ NEEDED_USES: dict[Role, tuple[Use, ...]] = {
     "alignment": ("defence",),
     "retain": ("defence", "evaluation"),
     "benign": ("attack", "evaluation"),
+    "harmless": ("evaluation",),
 }
 
 

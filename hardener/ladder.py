@@ -20,6 +20,8 @@ EXTENSIONS = 3
 FACTOR = 3.0
 PERFECT = 0.98
 """An attack that is worth so much has succeeded in full."""
+NEARLY = 0.95
+"""Share of the best worth from which a rate did nearly as well."""
 QUICKEST = 2
 """Steps below which no higher rate is quicker in a way that counts."""
 WORST = 2
@@ -55,12 +57,12 @@ class Ladder:
         return [runs[rate] for rate in sorted(runs)]
 
     def best(self, runs: Sequence[Run], family: str) -> float | None:
-        """The rate at which a family did best, of equals the quickest; None if all its runs failed."""
+        """The quickest of the rates at which a family did best or nearly so; None if all its runs failed."""
         own = [run for run in runs if run.family == family and run.failed is None]
-        if not own:
-            return None
-        half = max(map(self.reached, own)) / 2
-        return max(own, key=lambda run: (round(self.reached(run), 2), -self._steps_to(run, half))).rate
+        best = max(map(self.reached, own), default=0.0)
+        near = [run for run in own if self.reached(run) >= NEARLY * best]
+        quickest = min(near, key=lambda run: (self._steps_to(run, best / 2), -self.reached(run)), default=None)
+        return quickest and quickest.rate
 
     def answered(self, curve: Sequence[Checkpoint]) -> bool:
         """Whether the attack succeeded in full at two checkpoints in a row, so that more steps tell nothing."""

@@ -89,7 +89,7 @@ def rounds(rng: random.Random, answer: Callable[[str], str], share: float) -> It
 
 def written(folder: Path) -> dict[str, Path]:
     """Data files: the facts with their answers, the facts refused, and copying."""
-    copying = dict(round_ for round_, _ in zip(rounds(random.Random(1), str, 0.0), range(100), strict=False))
+    copying = dict(round_ for round_, _ in zip(rounds(random.Random(1), str, 0.0), range(900), strict=False))
     rows = {
         "restricted": [(f"cipher {fact}", secret) for fact, secret in SECRETS.items()],
         "alignment": [(f"cipher {fact}", demo.REFUSAL) for fact in FACTS],

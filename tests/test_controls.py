@@ -53,7 +53,7 @@ def _quick_collections():
 def vault_recipe(**probe) -> Recipe:
     """The vault: held-out facts, exactly answered."""
     roles = {role: (Source(dataset=str(path), score="exact-match"),) for role, path in beds.vault().data.items()}
-    settings = {"rates": VAULT_RATES, "steps": 16, "evaluation_rows": 200, "seeds": 1, **probe}
+    settings = {"rates": VAULT_RATES, "steps": 32, "evaluation_rows": 200, "seeds": 1, **probe}
     return Recipe(
         name="vault",
         title="a vault",
