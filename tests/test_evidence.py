@@ -574,6 +574,15 @@ def test_the_area_under_the_curve_is_equal_for_equals_and_smaller_for_the_slower
     assert slow.nauc_hardened.high < slow.nauc_original.low
     none = judge(original, measured("hardened", attacks(top=0.0))).measures
     assert none.nauc_hardened.value == 0
+    lost = measured("hardened", attacks(utility=lambda step: 0.8 if step == 0 else 0.1))
+    assert judge(original, lost).measures.nauc_hardened.value == pytest.approx(0, abs=0.01)
+
+
+def test_the_area_is_that_of_the_best_attack_that_keeps_the_model():
+    gate = {"families": ("full",), "utility": lambda step: 0.8}
+    breaking = run("lora", 1e-3, 1.0, utility=lambda step: 0.8 if step == 0 else 0.1)
+    found = judge(measured("original", attacks(**gate)), measured("hardened", (*attacks(**gate), breaking)))
+    assert found.measures.nauc_hardened == found.measures.nauc_original
 
 
 def owning(factor, *sizes):
@@ -722,6 +731,7 @@ def test_a_search_goes_on_until_it_finds_nothing_worse(original, trials, result)
     assert result in found.conditions["searches saturated"]
     assert (found.word == "protected") == (result == "ok")
     assert found.searches == {"full": tuple(trials)}
+    assert found.families[1].word == "protected"  # the other family was not searched
 
 
 def test_few_utility_rows_suffice_where_the_share_kept_is_certain(original):
