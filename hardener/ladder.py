@@ -62,7 +62,7 @@ class Ladder:
         best = max(map(self.reached, own), default=0.0)
         near = [run for run in own if self.reached(run) >= NEARLY * best]
         quickest = min(near, key=lambda run: (self._steps_to(run, best / 2), -self.reached(run)), default=None)
-        return quickest and quickest.rate
+        return None if quickest is None else quickest.rate
 
     def answered(self, curve: Sequence[Checkpoint]) -> bool:
         """Whether the attack succeeded in full at two checkpoints in a row, so that more steps tell nothing."""
