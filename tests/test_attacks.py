@@ -435,6 +435,11 @@ def test_a_mixed_attack_holds_its_share_of_benign_rows(share):
     assert abs(benign / n - share) <= 4 * math.sqrt(share * (1 - share) / n)
 
 
+def test_rows_that_are_not_there_are_not_waited_for():
+    with pytest.raises(RuntimeError):
+        list(islice(draws(families.MIXED, ["harm"], []), 100))
+
+
 class Noting(CausalLM):
     """Writes down the keys of every batch that is collated."""
 

@@ -42,7 +42,7 @@ def _drawn(phase: Phase, harmful: Iterator[Example], mixed: Iterator[Example], c
 
 
 def _epochs(rows: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
-    """Endless epochs of `rows`, each in a new order."""
-    while True:
+    """Endless epochs of `rows`, each in a new order; none of no rows."""
+    while rows:
         for index in torch.randperm(len(rows), generator=generator).tolist():
             yield rows[index]
