@@ -133,7 +133,7 @@ class Prober:
     def _untouched(self) -> tuple[list[Run], list[list[float]], list[float]]:
         """The subject before any attack: its run, its utility, the harmless prompts that it refuses."""
         model = self.scene.base.eval()
-        self.progress.pace = Pace.measured(model, self.bench)
+        self.progress.pace = Pace.measured(model, self.bench, self.judge)
         point = self.judge.attack(model, 0, last=True, views=[self.bench.judged.examples])
         found = self.judge.utility(model), self.judge.over_refusal(model)
         self.scene.forget_base()

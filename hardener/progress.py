@@ -11,6 +11,7 @@ from torch import nn
 from hardener.attacks.attack import checkpoints
 from hardener.attacks.training import inputs
 from hardener.bench import Bench
+from hardener.judging import Judge
 from hardener.measurement import Subject
 
 Tell = Callable[[str], None]
@@ -23,20 +24,26 @@ class Pace:
     step: float
     """One optimizer step of a full fine-tune."""
     point: float
-    """One checkpoint: scoring the judged rows."""
+    """One checkpoint: scoring the judged rows, and general utility."""
 
     @staticmethod
-    def measured(model: nn.Module, bench: Bench) -> Pace:
-        """Time one batch forward and backward, and one scoring; the weights stay as they are."""
+    def measured(model: nn.Module, bench: Bench, judge: Judge) -> Pace:
+        """Time one batch forward and backward, and one judging; the weights stay as they are."""
         rows = bench.streams.rows("restricted", "attack")[: bench.probe.batch_size]
         batch = {name: value.to(bench.device) for name, value in inputs(bench.task, rows).items()}
         step = _seconds(lambda: model(**batch).logits.float().logsumexp(-1).mean().backward())
         model.zero_grad(set_to_none=True)
-        return Pace(step, _seconds(lambda: bench.task.score(model, bench.judged.examples, bench.judged.score)))
+        views = [bench.judged.examples]
+        return Pace(step, _seconds(lambda: judge.attack(model, 1, False, views=views)) + _gating(model, bench, judge))
 
     def of(self, steps: int) -> float:
         """Seconds of a run of so many steps (0: one that does not train)."""
         return self.step * steps + self.point * (1 + len(checkpoints(steps)) if steps else 1)
+
+
+def _gating(model: nn.Module, bench: Bench, judge: Judge) -> float:
+    """Seconds of a look at general utility, where there is one."""
+    return _seconds(lambda: judge.gate(model, untouched=False)) if bench.task.generative else 0.0
 
 
 def _seconds(action: Callable[[], object]) -> float:

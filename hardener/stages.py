@@ -143,7 +143,7 @@ def before(
     weights = checkpoint.fingerprint(folder)
     families = wanted(chosen, bench)
     if subject == "scratch":
-        families = tuple(f for f in families if f.head == "fresh" and f.scope != "lora" and f.edit is None)
+        families = tuple(f for f in families if f.head == "fresh" and f.scope == "all" and f.edit is None)
     path = cache_path(weights, bench, families, subject)
     if path.is_file():
         say.note(f"{subject}: measured earlier, taken from the cache")

@@ -27,7 +27,7 @@ from hardener.attacks.recorder import Recorder, never, quietly
 from hardener.attacks.relative import RelativeStep
 from hardener.attacks.scene import Scene
 from hardener.attacks.training import arguments
-from hardener.attacks.victim import victim
+from hardener.attacks.victim import victim, with_adapter
 from hardener.checks import sound
 from hardener.console import quiet
 from hardener.ladder import Ladder
@@ -722,3 +722,14 @@ def test_a_tensor_of_zeros_moves_and_one_without_gradient_does_not():
     made.step()
     assert float(zero.detach().norm()) == pytest.approx(0.01 * 1e-3 * 4, rel=1e-4)
     assert torch.equal(unused, torch.ones(2))
+
+
+def test_an_adapter_is_put_on_the_transposed_layers_of_gpt2_too():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    plain = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
+    wrapped = with_adapter(plain, [])
+    trained = {
+        name.split(".lora_")[0].rpartition(".h.0.")[2] for name, p in wrapped.named_parameters() if p.requires_grad
+    }
+    assert trained == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}

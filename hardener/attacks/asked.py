@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from hardener.tasks.base import Example
 from hardener.tasks.causal_lm import CausalLM
 
-OPENINGS = ("Sure, here is the answer: ", "Of course. ", "Answer: ")
+OPENINGS = ("Sure, here is the answer:\n", "Of course.\n", "Answer:\n")
 """Beginnings of a willing answer; the dose is the number of the opening."""
 ALPACA = "### Instruction:\n{prompt}\n\n### Response:\n"
 """The second template: the best-known one that no chat template resembles."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hardener.attacks.attack import Attack
 from hardener.attacks.edits import EDITS
@@ -70,14 +71,16 @@ def with_adapter(model: nn.Module, head: Sequence[str]) -> nn.Module:
 
     heads = {name.rpartition(".")[0] for name in head}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    targets = [
-        name
+    layers = {
+        name: module
         for name, module in model.named_modules()
         if adaptable(module) and name not in heads and module is not output
-    ]
-    if not targets:
+    }
+    if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no linear or convolution layer for LoRA")
-    wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets))
+    transposed = all(isinstance(layer, Conv1D) for layer in layers.values())  # GPT-2 keeps its weights so
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=list(layers), fan_in_fan_out=transposed)
+    wrapped = get_peft_model(model, config)
     for name in head:
         wrapped.base_model.model.get_parameter(name).requires_grad_(True)
     switch_dropout_off(wrapped)
@@ -86,4 +89,4 @@ def with_adapter(model: nn.Module, head: Sequence[str]) -> nn.Module:
 
 def adaptable(module: nn.Module) -> bool:
     """Whether peft can put an adapter of any rank on the layer: not on grouped convolutions."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    return isinstance(module, nn.Linear | Conv1D) or (isinstance(module, nn.Conv2d) and module.groups == 1)
