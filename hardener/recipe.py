@@ -15,7 +15,7 @@ Use = Literal["defence", "attack", "evaluation"]
 Role = Literal["restricted", "alignment", "retain", "benign", "harmless"]
 TaskName = str
 Score = Literal["exact-match", "likelihood-gain", "likelihood", "accuracy", "judged"]
-Preset = Literal["quick", "standard", "thorough"]
+Preset = Literal["reduced-cpu", "quick", "standard", "thorough"]
 Gate = Literal["no-measurable-protection", "raises-cost", "protected"]
 ROLES: tuple[Role, ...] = ("restricted", "alignment", "retain", "benign", "harmless")
 
