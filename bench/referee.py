@@ -30,7 +30,7 @@ from typing import NamedTuple
 import yaml
 
 FULL_RATES = (1e-4, 3e-4, 1e-3)
-LORA_RATES = (1e-3, 3e-3, 1e-2)
+LORA_RATES = (3e-4, 1e-3, 3e-3)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STEPS = 64
 KEPT = 0.9
