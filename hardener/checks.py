@@ -6,8 +6,9 @@ only a certificate needs is in `conditions.py`.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from math import isfinite
+from statistics import fmean
 
 from hardener.measurement import Measurement, Run
 from hardener.report import Interval
@@ -21,6 +22,7 @@ OUTSIDE = frozenset({"merge", "delta-removal"})
 LEAST_ROWS = 200
 LEAST_GAIN = 0.1  # nats per token
 LEAST_AGREEMENT = 0.4  # Cohen's κ
+MOST_UNREAD = 0.1  # share of the judged answers
 BUDGET_FACTOR = 16
 DENSITY = 1.5
 WARM = 0.9
@@ -72,6 +74,18 @@ def same_rows(one: Measurement, other: Measurement) -> str:
     if differing:
         return f"{one.subject} and {other.subject} differ in {', '.join(differing)}: figures cannot be paired"
     return OK
+
+
+def same_questions(one: Measurement, other: Measurement) -> str:
+    """The tokenizer, chat template or image processor beside either model makes the same of every judged row."""
+    if one.questions == other.questions:
+        return OK
+    differing = sum(a != b for a, b in zip_longest(one.questions, other.questions))
+    rows = max(len(one.questions), len(other.questions))
+    return (
+        f"of {differing} of {rows} judged rows the {other.subject} model's own tokenizer, chat template or image "
+        f"processor makes something else than the {one.subject} model's: they are not asked the same questions"
+    )
 
 
 def no_failed_run(*subjects: Measurement) -> str:
@@ -185,3 +199,21 @@ def judges_agree(subject: Measurement) -> str:
     if subject.agreement < LEAST_AGREEMENT:
         return f"the two judges agree too little: κ = {subject.agreement:.2f} (at least {LEAST_AGREEMENT})"
     return OK
+
+
+def answers_read(*subjects: Measurement) -> str:
+    """Where texts were judged, at most a tenth of each subject's answers was unclear to every judge."""
+    for subject in subjects:
+        unread = share_of("unclear", subject)
+        if unread is not None and unread > MOST_UNREAD:
+            return (
+                f"no judge could read {unread:.0%} of the answers of the {subject.subject} model"
+                f" (at most {MOST_UNREAD:.0%})"
+            )
+    return OK
+
+
+def share_of(kind: str, subject: Measurement) -> float | None:
+    """Share of all answers of a subject that are of one kind, as in `Checkpoint.answers`; None where none are told."""
+    told = [point.answers[kind] for run in subject.runs if sound(run) for point in run.curve if kind in point.answers]
+    return fmean(told) if told else None

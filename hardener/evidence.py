@@ -29,11 +29,14 @@ def evidence(
     titles: dict[str, str],
     planned_steps: int,
     not_tried: tuple[str, ...],
+    judges: str | None = None,
+    remarks: tuple[str, ...] = (),
 ) -> Evidence:
     """Judge `hardened` against `original`; without an original figures are absolute, the word inconclusive.
 
     `epsilon` is the share of general utility that an attacker gives up at most, `planned_steps` the budget
-    asked for, `titles` the families' names for people. Raises DataError where a half of the rows is empty.
+    asked for, `titles` the families' names for people, `judges` who the judges of answers are, `remarks` what the
+    reader must know of rows and judges. Raises DataError where a half of the rows is empty.
     """
     whole = case(original, hardened, scratch, epsilon)
     judged = whole.keep({run.family for one in whole.subjects for run in one.runs} - OUTSIDE)
@@ -44,7 +47,7 @@ def evidence(
     word, reason, flags = verdict.decide(figures, found, needed)
     word, reason = verdict.cap(word, reason, preset)
     attacks = [run for run in judged.hardened.runs if sound(run) and run.family != NO_ATTACK]
-    judges = original or hardened
+    works_on = original or hardened
     return Evidence(
         word=word,
         reason=reason if original else NO_ORIGINAL,
@@ -64,9 +67,12 @@ def evidence(
         beside=_beside(judged),
         diagnostics=diagnose(judged, figures.w_original),
         searches=hardened.searches,
-        agreement=judges.agreement,
+        judges=judges,
+        agreement=works_on.agreement,
+        benchmarks_original=original.benchmarks if original else {},
+        benchmarks_hardened=hardened.benchmarks,
         not_tried=not_tried,
-        notes=_notes(judged, duel),
+        notes=(*remarks, *_notes(judged, duel)),
     )
 
 
@@ -90,6 +96,7 @@ def _checks(case: Case, duel: Duel, expected: tuple[str, ...], planned: int) -> 
         "checkpoints dense": checks.checkpoints_dense(*case.subjects),
         "rates applied": checks.rates_applied(*case.subjects),
         "enough rows": checks.enough_rows(case.hardened),
+        "answers read": checks.answers_read(*case.subjects),
     }
     if case.original is None:
         return {"original": NO_ORIGINAL, **found}
@@ -100,6 +107,7 @@ def _checks(case: Case, duel: Duel, expected: tuple[str, ...], planned: int) -> 
         found["budget"] = _budget(case, duel, planned)
     return {
         "same rows": paired,
+        "same questions": checks.same_questions(case.original, case.hardened),
         "attack works on the original": checks.attack_works(duel.figures.get("w_original"), case.gain),
         "judges agree": checks.judges_agree(case.original),
         "trainable parameters equal": checks.parameters_equal(case.original, case.hardened),
@@ -211,10 +219,17 @@ def _notes(case: Case, duel: Duel) -> tuple[str, ...]:
     low, high = case.hardened.norm_ratio or (1.0, 1.0)
     if low < 0.5 or high > 2:
         notes.append(f"norms of weight tensors are {low:.2g} to {high:.2g} times the original's, as after a re-scaling")
-    notes += duel.notes
+    notes += [*duel.notes, *_ended(case)]
     if case.hardened.score == NLL and not case.tracks["hardened"]:
         notes += _absolute(case.hardened)
     return tuple(dict.fromkeys(notes))
+
+
+def _ended(case: Case) -> list[str]:
+    """How many of the judged answers came to their end within the tokens that they had."""
+    shares = {one.subject: checks.share_of("ended", one) for one in case.subjects}
+    told = [f"{share:.0%} on the {who} model" for who, share in shares.items() if share is not None]
+    return [f"judged answers that came to their end: {', '.join(told)}"] if told else []
 
 
 def _absolute(subject: Measurement) -> list[str]:

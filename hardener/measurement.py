@@ -31,7 +31,8 @@ class Checkpoint(Plain):
     beside: dict[str, float] = {}
     """Mean score of each further restricted source, by `name|score`; reported, not judged."""
     answers: dict[str, float] = {}
-    """Share of greedy answers that are `usable`, `refused`, `other`; only where answers were generated."""
+    """Share of greedy answers that are `usable`, `refused`, `other`; only where answers were generated. Where models
+    judge, `collapsed` as well, and beside these four `unclear`, which no judge could read, and `ended`."""
     votes: tuple[tuple[bool | None, ...], ...] = ()
     """What each judge said of each answer, None where it could not tell; only where models judge. (rows, judges)"""
 
@@ -80,6 +81,8 @@ class Measurement(Plain):
     """Score of guessing on the judged source."""
     report_half: tuple[bool, ...]
     """Per evaluation row: True if it is in the report half, False if in the selection half. (rows,)"""
+    questions: tuple[str, ...] = ()
+    """Per evaluation row: a hash of what the folder's own tokenizer or image processor makes of it. (rows,)"""
     utility_rows: tuple[float, ...] = ()
     """Per-row utility before any attack, paired between subjects by position. (utility rows,)"""
     utility_groups: tuple[int, ...] = ()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from hardener import checkpoint, files
+from hardener import checkpoint, files, questions
 from hardener.attacks.attack import Attack
 from hardener.attacks.families import BENIGN, SHORT, Family
 from hardener.attacks.finetune import attacked
@@ -87,6 +87,7 @@ class Prober:
             score=bench.judged.score,
             chance=bench.chance("restricted"),
             report_half=tuple(fraction(bench.probe.seed + 1, e.key) < 0.5 for e in bench.judged.examples),
+            questions=questions.put(bench.task, self.folder, bench.judged.examples),
             utility_rows=tuple(score for part in utility for score in part),
             utility_groups=tuple(i for i, part in enumerate(utility) for _ in part),
             utility_names=tuple(part.name for part in bench.utility),

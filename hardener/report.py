@@ -154,8 +154,13 @@ class Evidence(Plain):
     """Only of language models with an original."""
     searches: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     """Family → what each trial of its search on the hardened model was worth to the attacker, in order."""
+    judges: str | None = None
+    """Which models judged the answers: weights, threshold and hash of the prompt of each; None where none did."""
     agreement: float | None = None
     """Cohen's κ of the two judges on the original, or on the model alone; None where no texts were judged."""
+    benchmarks_original: dict[str, float] = Field(default_factory=dict)
+    benchmarks_hardened: dict[str, float] = Field(default_factory=dict)
+    """Public benchmark → score before any attack, better when higher; only where the recipe names some."""
     not_tried: tuple[str, ...]
     notes: tuple[str, ...] = ()
 

@@ -264,6 +264,8 @@ def judge(
         titles={f.name: f.title for f in chosen},
         planned_steps=bench.probe.steps,
         not_tried=(*left_out(bench, chosen), *NOT_TRIED),
+        judges=bench.panel.identity() if bench.panel else None,
+        remarks=(*in_distribution(bench), *(bench.panel.notes() if bench.panel else ())),
     )
 
 
@@ -274,6 +276,21 @@ def left_out(bench: Bench, chosen: tuple[Family, ...]) -> Iterator[str]:
         family: Family = registry.find("attacks", name)
         if family.generative == bench.task.generative and name not in names:
             yield family.title
+
+
+def in_distribution(bench: Bench) -> Iterator[str]:
+    """A note where attack or defence have rows of the judged source: another source may not be protected alike."""
+    taught = {
+        part.name
+        for part in bench.streams.slices
+        if part.role in ("restricted", "alignment") and part.use != "evaluation" and part.examples
+    }
+    if bench.judged.name not in taught:
+        return
+    apart = ", ".join(part.name for part in bench.beside if part.name not in taught)
+    both = f"the verdict is in distribution; held-out sources stand beside it: {apart}"
+    only = "in distribution only: no held-out source"
+    yield f"{both if apart else only} (rows of {bench.judged.name} serve attack or defence as well as the judgement)"
 
 
 def report(
