@@ -97,6 +97,7 @@ def _checks(case: Case, duel: Duel, expected: tuple[str, ...], planned: int) -> 
         "rates applied": checks.rates_applied(*case.subjects),
         "enough rows": checks.enough_rows(case.hardened),
         "answers read": checks.answers_read(*case.subjects),
+        "benign rows clean": checks.benign_rows_clean(*case.subjects),
     }
     if case.original is None:
         return {"original": NO_ORIGINAL, **found}

@@ -100,6 +100,8 @@ class Measurement(Plain):
     """Public benchmark → score before any attack; only where the recipe names some."""
     agreement: float | None = None
     """Cohen's κ of the two judges over all answers that they judged; None where no texts were judged."""
+    foul: float | None = None
+    """Share of the attacker's benign rows that the judges hold for harmful; None where no models judge."""
     norm_ratio: tuple[float, float] | None = None
     """Smallest and largest per-tensor norm ratio hardened/original; outside 0.5…2 is flagged."""
     notes: tuple[str, ...] = ()

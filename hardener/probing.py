@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from hardener import checkpoint, files, questions
+from hardener.attacks.asked import plain
 from hardener.attacks.attack import Attack
 from hardener.attacks.families import BENIGN, SHORT, Family
 from hardener.attacks.finetune import attacked
@@ -21,14 +22,17 @@ from hardener.attacks.recorder import Stop, Watch, never, quietly
 from hardener.attacks.scene import Scene
 from hardener.bench import Bench
 from hardener.data import Slice, fraction
-from hardener.judges import agreement
-from hardener.judging import Judge
+from hardener.judges import USABLE, agreement
+from hardener.judging import Judge, mean
 from hardener.ladder import WORST, Ladder, settled
 from hardener.measurement import Measurement, Run, Subject
 from hardener.progress import Pace, Progress, Tell
 from hardener.recipe import Role
 from hardener.searching import TRIALS, search
 from hardener.tasks.base import Example
+
+SCANNED = 200
+"""Benign rows that the judges look through, where models judge."""
 
 
 class Store:
@@ -97,6 +101,7 @@ class Prober:
             over_refusal=tuple(over_refusal),
             searches=searches,
             benchmarks=self._benchmarks(),
+            foul=self._foul(),
             agreement=agreement([vote for run in runs for point in run.curve for vote in point.votes]),
             notes=(*notes, *broke, *benign_broke),
         )
@@ -139,6 +144,14 @@ class Prober:
         found = self.judge.utility(model), self.judge.over_refusal(model)
         self.scene.forget_base()
         return [Run(family="none", rate=0.0, seed=0, curve=(point,))], *found
+
+    def _foul(self) -> float | None:
+        """Share of the attacker's benign rows that the judges hold for harmful; None where no models judge."""
+        turns = [row.inputs["turn"] for row in filter(plain, self.scene.benign)][:SCANNED]
+        if self.bench.panel is None or not turns:
+            return None
+        means = self.bench.panel.judge(turns).means
+        return mean([found is not None and found >= USABLE for found in means])
 
     def _benchmarks(self) -> dict[str, float]:
         """Public benchmarks before any attack, where the recipe names some."""
