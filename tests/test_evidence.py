@@ -238,7 +238,7 @@ def test_attacks_with_the_parents_weights_stand_beside_and_do_not_enter(original
     found = judge(measured("original", (*original.runs, *attacks(families=("merge",)))), measured("hardened", runs))
     assert found.word == "protected"
     assert [family.name for family in found.families] == ["full", "lora", "merge"]
-    assert found.families[2].multiplier is None
+    assert (found.families[2].multiplier, found.families[2].p) == (None, None)
 
 
 def test_an_original_that_already_knows_has_no_cost_to_multiply():
@@ -540,7 +540,9 @@ def test_the_half_way_score_is_counted_from_before_the_edit():
     runs = (untouched(utility=0.8), *edited("kicked", 0.4, 0.8))
     found = judge(measured("original", runs), measured("hardened", runs), expected_families=("kicked",))
     assert found.measures.half_way == pytest.approx(found.measures.w_original.value / 2)
-    assert found.families[0].w_original == found.measures.w_original
+    slow = (untouched(utility=0.8), *edited("kicked", 0.0, 0.8, factor=4.0))
+    found = judge(measured("original", runs), measured("hardened", slow), expected_families=("kicked",))
+    assert found.families[0].multiplier == found.measures.multiplier  # each family by itself too
 
 
 def test_an_edit_that_wins_by_itself_is_named_and_a_start_that_guesses_is_no_attack():
@@ -724,6 +726,7 @@ def test_a_classifier_that_no_rate_can_fit_better_is_resisted():
         ([0.5] + [0.1] * 23, "ok"),
         ([0.1] * 20 + [0.5] * 4, "still rising after 24 trials"),
         ([0.49] * 20 + [0.5] * 4, "ok"),
+        ([0.1] * 5 + [0.5] * 19, "ok"),
     ],
 )
 def test_a_search_goes_on_until_it_finds_nothing_worse(original, trials, result):
