@@ -166,7 +166,7 @@ def test_recipes_and_overrides_of_commands_exist(line: str) -> None:
 @pytest.mark.parametrize("text", marked("yaml", "recipe"))
 def test_recipes_load(text: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(text)
-    assert recipe_file.load(tmp_path / "mine.yaml").defense
+    assert recipe_file.load(tmp_path / "mine.yaml").name
 
 
 @pytest.mark.parametrize("text", marked("yaml", "workflow"))
