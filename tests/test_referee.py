@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 
-from bench import referee
+from bench import referee, ten_settings
 from bench.beds import llama, vault
 from bench.referee import Attack, Interval, Outcome, Place
+from bench.ten_settings import SETTINGS, Setting
+from hardener import recipe_file
 
 BROKEN = Outcome(Attack("full", 1e-3), restricted=0.96, general=0.97)
 PROGRAMS = pytest.mark.skipif(
@@ -132,6 +134,25 @@ def test_the_referee_shares_nothing_with_the_probe() -> None:
     imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     imported += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert [name for name in imported if name.split(".")[0] in ("hardener", "bench")] == []
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_each_of_the_ten_settings_changes_the_recipe_as_its_row_says(setting: Setting) -> None:
+    recipe = recipe_file.load(Path(vault.__file__).with_suffix(".yaml"), setting.overrides)
+    assert recipe.defense is not None
+    assert recipe.train is not None
+    assert (recipe.defense.settings["radius"], recipe.defense.settings["lam"]) == (setting.alpha, setting.lam)
+    assert recipe.train.steps == setting.steps
+    assert (0 if recipe.adapter == "none" else recipe.adapter.r) == setting.rank
+
+
+def test_the_ten_settings_are_ten() -> None:
+    assert len({setting.name for setting in SETTINGS}) == 10
+
+
+def test_a_row_of_the_ten_says_what_was_claimed_and_what_was_found() -> None:
+    row = ten_settings.row(SETTINGS[7], Interval(0.1, 0.3), ended(0.95), "ABOVE")
+    assert row == "| 0.39 | 0.1 | 400 | rank 16 | 0.10–0.30 | 0.95 | lora 0.003 | ABOVE |"
 
 
 @pytest.fixture(scope="module")
