@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hardener.conditions import SUCCEEDED
 from hardener.judging import WORTH_GATING, mean
 from hardener.measurement import Checkpoint, Run
 
@@ -78,14 +79,16 @@ class Ladder:
         return 0.0 if run.failed is not None else max(self._worth(run.curve, point) for point in run.curve)
 
     def _too_much(self, runs: dict[float, Run], end: float) -> bool:
-        """The rate breaks the model, or reaches half of the best in the fewest steps that there are."""
+        """The rate breaks the model, or is as quick as can be and not the best of those that leave something to gain."""
         run, best = runs[end], max(map(self.reached, runs.values()))
         if run.failed is not None or not self._kept(run.curve, run.curve[-1]):
             return True
         if best < WORTH_GATING:  # nothing works: only a broken model shows that the rates were high enough
             return False
-        worn = self._worth(run.curve, run.curve[-1]) < best / 2
-        return worn or self._steps_to(run, best / 2) <= QUICKEST
+        if self._worth(run.curve, run.curve[-1]) < best / 2:
+            return True
+        beaten = self.reached(run) < best or best >= SUCCEEDED
+        return beaten and self._steps_to(run, best / 2) <= QUICKEST
 
     def _too_little(self, runs: dict[float, Run], end: float) -> bool:
         """The rate does nothing."""
