@@ -175,9 +175,13 @@ def test_a_ladder_grows_at_most_three_times_at_either_end():
 
 def test_no_higher_rate_is_tried_where_half_the_score_takes_the_fewest_steps_there_are():
     def quick(rate):
-        return [(0.6 if rate > 2e-3 else 0.0, 1.0), (0.6, 1.0), (0.9, 1.0)] if rate > 5e-4 else level(0.0)
+        if rate < 5e-4:
+            return level(0.0)
+        return [(0.6, 1.0), (0.6, 1.0), (top, 1.0)] if rate > 2e-3 else level(0.9)
 
-    assert max(rates_of(climbed((1e-3, 3e-3), quick))) == 3e-3
+    for top, highest in ((0.85, 3e-3), (0.96, 3e-3), (0.92, 2.7e-2)):  # the last is best, with something to gain
+        assert max(rates_of(climbed((1e-3, 3e-3), quick))) >= highest
+        assert (max(rates_of(climbed((1e-3, 3e-3), quick))) > 3e-3) == (top == 0.92)
 
 
 def test_a_ladder_grows_while_nothing_works_and_nothing_breaks():
