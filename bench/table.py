@@ -3,8 +3,8 @@
     python -m bench.table RUN [RUN ...]
     python -m bench.table --row NAME RUN        one line for the overview
 
-Each section has the headline, the verdict, the prices, the attack families and the best curve of each family.
-Every number comes from the run's report.
+Each section has the headline, the verdict, the prices, every attack with its figures and intervals, what a trap keeps
+of its claims, and the best curve of each attack that trains. Every number comes from the run's report.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from hardener import report as reports
-from hardener import summary
-from hardener.plots import best_curve
+from hardener import summary, tables
+from hardener.checks import scientific
+from hardener.plots import best_curve, trained
 from hardener.report import Report
 
 SHOWN = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -23,8 +24,17 @@ SHOWN = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 def section(report: Report) -> str:
     """One run as Markdown."""
     verdict = f"**{summary.verdict(report)}.** {summary.why(report)}"
-    families = summary.families_markdown(report)
-    parts = (f"> {summary.headline(report)}", verdict, prices(report), families, curves(report), beside(report))
+    parts = (
+        f"> {summary.headline(report)}",
+        verdict,
+        prices(report),
+        summary.families_markdown(report, tables.WIDE),
+        summary.outside_markdown(report),
+        summary.further_markdown(report),
+        summary.trap_markdown(report),
+        curves(report),
+        beside(report),
+    )
     return "\n\n".join(part for part in parts if part)
 
 
@@ -36,10 +46,11 @@ def prices(report: Report) -> str:
     pairs = (
         ("utility before any attack", m.utility_original, m.utility_hardened, m.utility_kept),
         ("after a benign fine-tune", m.benign_original, m.benign_hardened, m.benign_kept),
+        ("harmless prompts refused", m.over_refusal_original, m.over_refusal_hardened, None),
         ("ρ (0 no protection, 1 as from scratch)", None, m.rho, None),
     )
-    rows = [(name, *(summary.figure(x) if x else "–" for x in found)) for name, *found in pairs if any(found)]
-    return summary.markdown_table(("", "Original", "Hardened", "Kept"), rows)
+    rows = [(name, *(tables.figure(x) if x else "–" for x in found)) for name, *found in pairs if any(found)]
+    return tables.markdown_table(("", "Original", "Hardened", "Kept"), rows)
 
 
 def beside(report: Report) -> str:
@@ -54,22 +65,22 @@ def beside(report: Report) -> str:
         for b in (report.evidence.beside if report.evidence else ())
     ]
     texts = [(*row[:3], "–" if row[3] is None else f"{row[3]:.2f}") for row in rows]
-    return summary.markdown_table(("Other held-out rows", "Original", "Hardened", "Gain"), texts) if rows else ""
+    return tables.markdown_table(("Other held-out rows", "Original", "Hardened", "Gain"), texts) if rows else ""
 
 
 def curves(report: Report) -> str:
-    """Restricted-task score along each family's best rate, original and hardened side by side."""
-    families = report.evidence.families if report.evidence else ()
+    """Restricted-task score along the best rate of each attack that trains, original and hardened side by side."""
+    titles = {family.name: family.title for family in report.evidence.families} if report.evidence else {}
     rows = []
-    for family in families:
+    for name in trained(report):
         for subject in ("original", "hardened", "scratch"):
-            curve = best_curve(report, subject, family.name)
+            curve = best_curve(report, subject, name)
             if curve is None:
                 continue
             at = {point.step: point.score for point in curve.points}
             values = [f"{at[step]:.2f}" if step in at else "" for step in SHOWN]
-            rows.append((family.title, subject, f"{curve.rate:g}", *values))
-    return summary.markdown_table(("Attack", "Model", "Rate", *(f"step {s}" for s in SHOWN)), rows)
+            rows.append((titles.get(name, name), subject, scientific(curve.rate), *values))
+    return tables.markdown_table(("Attack", "Model", "Rate", *(f"step {s}" for s in SHOWN)), rows)
 
 
 def row(name: str, report: Report) -> str:
@@ -81,9 +92,9 @@ def row(name: str, report: Report) -> str:
     cells = (
         name,
         report.training.title if report.training else "–",
-        *(summary.figure(x) if x else "–" for x in figures),
-        summary.multiplier(m.multiplier) if m.multiplier else "–",
-        *(summary.figure(x) if x else "–" for x in kept),
+        *(tables.figure(x) if x else "–" for x in figures),
+        tables.multiplier(m.multiplier) if m.multiplier else "–",
+        *(tables.figure(x) if x else "–" for x in kept),
         report.evidence.word,
     )
     return f"| {' | '.join(cells)} |"

@@ -76,11 +76,11 @@ def append(path: Path, values: Mapping[str, str]) -> None:
 
 def markdown(outcome: Mapping[str, Any]) -> str:
     """The job summary: the card's facts, and why nothing was pushed."""
-    from hardener import summary
+    from hardener import summary, tables
     from hardener.report import Report
 
     text = summary.markdown(Report.model_validate(outcome["report"]))
-    return text + (f"\n**Not pushed:** {summary.escape(outcome['withheld'])}\n" if outcome["withheld"] else "")
+    return text + (f"\n**Not pushed:** {tables.escape(outcome['withheld'])}\n" if outcome["withheld"] else "")
 
 
 if __name__ == "__main__":

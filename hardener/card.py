@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 import yaml
 
-from hardener import summary
+from hardener import summary, tables
 from hardener.recipe import Recipe
 from hardener.report import DataRecord, Measures, Report
 from hardener.resources import shipped
@@ -50,9 +50,11 @@ TASK_TYPES = {
 }
 
 ALT = {
-    "curves.png": "Restricted-task score against attack steps, one panel per attack family",
-    "families.png": "Worst-case score and cost multiplier of each attack family",
-    "answers.png": "Share of usable, refused, other and collapsed answers before and after each attack",
+    "curves.png": "Restricted-task score against attack steps, one panel per attack",
+    "heatmap.png": "Best usable score of each attack at each learning rate",
+    "families.png": "Worst-case score and cost multiplier of each attack",
+    "answers.png": "Share of usable, refused, other and collapsed answers before and after attacks",
+    "search.png": "Best usable score found against the trials of a search",
 }
 
 
@@ -201,12 +203,19 @@ def _facts(report: Report, parent_card: str | None, plots: tuple[str, ...]) -> d
         "caveats": summary.caveats(report),
         "answers": summary.four_answers(report),
         "headline": summary.headline(report),
+        "power": summary.power(report),
         "families": Markdown(summary.families_markdown(report)),
-        "plots": [Markdown(f"![{ALT.get(Path(name).name, 'Plot')}]({quote(name)})") for name in plots],
+        "further": Markdown(summary.further_markdown(report)),
+        "trap": Markdown(summary.trap_markdown(report)),
+        "plots": _pictures(plots),
         "access": summary.access(report.parent),
         "holds_for": summary.holds_for(report),
+        "outside": Markdown(summary.outside_markdown(report)),
+        "needs_parent": summary.NEEDS_PARENT,
         "not_tried": summary.not_tried(report),
+        "notes": summary.notes(report),
         "limit": summary.LIMIT,
+        "scoring": _scoring(report),
         "beside": _beside_table(report),
         "data": _data_table(report),
         "command": Markdown(_command(report)),
@@ -225,12 +234,47 @@ def _parent(report: Report) -> Markdown:
     """The parent as a link to its page; a local one by its name alone."""
     if report.parent.local:
         return _code(report.parent.id)
-    return Markdown(f"[{summary.escape(report.parent.id)}]({_page(report)})")
+    return Markdown(f"[{tables.escape(report.parent.id)}]({_page(report)})")
 
 
 def _page(report: Report) -> str:
     """Address of a parent that is on the Hub."""
     return f"https://huggingface.co/{quote(report.parent.id)}"
+
+
+def _pictures(plots: tuple[str, ...]) -> list[Markdown]:
+    """Each plot; one that has a dark twin is shown on a light page, and its twin on a dark one.
+
+    The classes are those that the Hub documents for pictures of two themes. Where a viewer drops them, both are shown.
+    """
+    paths = [PurePosixPath(name) for name in plots]
+    return [_picture(path, _dark(path) in paths) for path in paths if not path.stem.endswith("-dark")]
+
+
+def _dark(path: PurePosixPath) -> PurePosixPath:
+    return path.with_stem(f"{path.stem}-dark")
+
+
+def _picture(path: PurePosixPath, twin: bool) -> Markdown:
+    text = ALT.get(path.name, "Plot")
+    if not twin:
+        return Markdown(f"![{text}]({quote(str(path))})")
+    shown = (("dark:hidden", path), ("hidden dark:block", _dark(path)))
+    return Markdown("\n".join(f'<img class="{c}" src="{quote(str(p))}" alt="{text}">' for c, p in shown))
+
+
+def _scoring(report: Report) -> list[tuple[str, str]]:
+    """How answers were scored: by which models, to their prompts, and how well they agree."""
+    evidence = report.evidence
+    if evidence is None:
+        return []
+    probe, kappa = Recipe.model_validate(report.recipe).probe, evidence.agreement
+    judges = [("Judge", judge) for judge in (evidence.judges or "").split("; ") if judge]
+    agreed = [("Agreement of the judges", f"Cohen's κ = {kappa:.2f}")] if kappa is not None else []
+    tokens = [("New tokens per judged answer", str(probe.answer_tokens))] if judges else []
+    told = probe.refusal_judge
+    refused = [("Refusals told by", f"{told.model}@{told.revision or told.sha256}")] if told else []
+    return [("Score", evidence.score), *judges, *agreed, *tokens, *refused]
 
 
 def _data_table(report: Report) -> Markdown:
@@ -248,7 +292,7 @@ def _data_table(report: Report) -> Markdown:
         )
         for record in report.data
     ]
-    return Markdown(summary.markdown_table(columns, rows))
+    return Markdown(tables.markdown_table(columns, rows))
 
 
 def _beside_table(report: Report) -> Markdown:
@@ -264,7 +308,7 @@ def _beside_table(report: Report) -> Markdown:
         )
         for b in (report.evidence.beside if report.evidence else ())
     ]
-    return Markdown(summary.markdown_table(columns, rows) if rows else "")
+    return Markdown(tables.markdown_table(columns, rows) if rows else "")
 
 
 def _command(report: Report) -> str:
@@ -317,13 +361,13 @@ def _code(text: str) -> Markdown:
 def _link(title: str, url: str) -> Markdown:
     """A link if the address is one of the web, else the title alone."""
     if not url.startswith(("https://", "http://")):
-        return Markdown(summary.escape(title))
-    return Markdown(f"[{summary.escape(title)}]({quote(url, safe=':/?&=#%+~.,-_')})")
+        return Markdown(tables.escape(title))
+    return Markdown(f"[{tables.escape(title)}]({quote(url, safe=':/?&=#%+~.,-_')})")
 
 
 def _inert(value: Any) -> str:
     """What `{{ … }}` prints: Markdown as it stands, all else escaped."""
-    return value if isinstance(value, Markdown) else summary.escape(str(value))
+    return value if isinstance(value, Markdown) else tables.escape(str(value))
 
 
 FILTERS: dict[str, Callable[..., str]] = {

@@ -7,11 +7,28 @@ guessing, 1 is full skill.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from hardener.report import Evidence, Family, Interval, Measures, Parent, Report, Word
+from hardener.recipe import Recipe
+from hardener.report import Evidence, Interval, Measures, Parent, Report, Word
+from hardener.tables import (
+    CELLS,
+    FIGURES,
+    NARROW,
+    SMALL,
+    WIDE,
+    escape,
+    family_table,
+    figure,
+    markdown_table,
+    multiplier,
+    number,
+    or_dash,
+    outside,
+    ranked,
+    share,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,11 +56,33 @@ QUESTIONS = (
     "Under which attacks, and where does it break?",
 )
 
-COLUMNS = ("Attack family", "Original", "Hardened", "Hardened, raw", "Cost multiplier", "Verdict")
+SCREENS = {
+    "quick": "quick probe: a few attacks with one seed. It can show that nothing holds, never that something does",
+    "reduced-cpu": "reduced CPU probe: two attacks with one seed. It can show that nothing holds, "
+    "never that something does",
+}
+"""What the presets that never certify are, in the first lines of the card."""
 
-GRADIENT_FREE = frozenset({"ablation", "prefill", "few-shot", "pruning", "quantization"})
+PROPERTIES = {
+    "fires": "Tuning on harm alone destroys its general ability",
+    "selective": "Tuning on harmless tasks leaves its general ability alone",
+    "durable": "A short repair does not bring the ability back while the harm stays",
+    "adaptive": "An attacker who trains on general rows beside the harm fails too",
+}
+"""What a collapse trap claims, by the names of `report.Diagnostic`."""
 
-SPECIAL = re.compile(r"(?P<interval>\[−?\d+\.\d+, −?\d+\.\d+\](?![(\[:]))|[\\`*_|~$#\[\]]|:(?=//)")
+NEEDS_PARENT = (
+    "These attacks start from the weights of the unhardened parent. Wherever the parent is public they break every "
+    "defence, if only because it can be attacked instead; they stand outside the verdict."
+)
+
+ENOUGH_TOKENS = 256
+"""New tokens from which on a judged answer is long enough for harm to come to show."""
+CLAUSES = 3
+"""Parts of a long reason that are shown; all are in the report."""
+TOP, TERMINAL = 8, 10
+"""Attacks shown at first sight in a pull request, and on a terminal."""
+
 
 STYLES: dict[Word, str] = {
     "inconclusive": "bold magenta",
@@ -67,6 +106,12 @@ def headline(report: Report) -> str:
         f"Benign fine-tuning kept {figure(m.benign_kept)}." if m.benign_kept else None,
         f"Probe: {_budget(evidence)}, {report.created}.",
     )
+
+
+def power(report: Report) -> str:
+    """What the probe could have seen, as one sentence; empty where nothing was compared."""
+    seen = report.evidence.power if report.evidence else None
+    return f"{seen[:1].upper()}{_stop(seen[1:])}" if seen else ""
 
 
 def four_answers(report: Report) -> list[tuple[str, str]]:
@@ -96,7 +141,7 @@ def why(report: Report) -> str:
         return "No attack was run. Treat this model as unprotected."
     alone = "These are the figures of one model, compared with nothing."
     plain = alone if absolute(report) else MEANING[report.evidence.word]
-    return f"{plain} Reason: {_stop(report.evidence.reason)}"
+    return f"{plain} Reason: {_stop(_few(report.evidence.reason))}"
 
 
 def absolute(report: Report) -> bool:
@@ -134,88 +179,147 @@ def access(parent: Parent) -> str:
 
 def not_tried(report: Report) -> tuple[str, ...]:
     """Attacks outside the evidence; never empty."""
-    evidence = report.evidence
-    families = {family.name for family in evidence.families} if evidence else set()
-    named = evidence.not_tried if evidence else ("every attack",)
-    said = " ".join(named)
-    lines = []
-    if "parent" not in said:
-        lines.append("attackers who hold an unhardened parent: its weights, or a merge with them")
-    if not families & GRADIENT_FREE and not ("ablation" in said and "pruning" in said):
-        lines.append("gradient-free attacks, such as pruning or the ablation of directions")
-    return (*lines, *named)
+    return report.evidence.not_tried if report.evidence else ("every attack",)
 
 
 def caveats(report: Report) -> list[tuple[str, str]]:
-    """What stands beside the verdict: price flags, failed checks and notes, each with its kind."""
+    """What stands beside the verdict, each with its kind: a weak probe, price flags, what failed or is missing."""
+    evidence = report.evidence
+    if evidence is None:
+        return []
+    screen = [("Probe", SCREENS[evidence.preset])] if evidence.preset in SCREENS else []
+    flags = [("Price", flag) for flag in evidence.flags]
+    found = (("Check failed", evidence.checks), ("A certificate would need", evidence.conditions))
+    missed = [
+        (kind, f"{name}: {_few(result)}")
+        for kind, results in found
+        for name, result in results.items()
+        if result != "ok" and result not in evidence.reason
+    ]
+    return [*screen, *flags, *missed, *_cut_answers(report, evidence)]
+
+
+def _cut_answers(report: Report, evidence: Evidence) -> list[tuple[str, str]]:
+    tokens = Recipe.model_validate(report.recipe).probe.answer_tokens
+    if evidence.score != "judged" or tokens >= ENOUGH_TOKENS:
+        return []
+    return [("Note", f"judged answers end after {tokens} tokens, so early that harm may not come to show")]
+
+
+def notes(report: Report) -> tuple[str, ...]:
+    """What the probe remarked on the way, in its order."""
+    return report.evidence.notes if report.evidence else ()
+
+
+def trap(report: Report) -> list[tuple[str, str, str]]:
+    """What a collapse trap claims, whether the probe bears it out, and why; empty where it could not be asked."""
+    told = {True: "yes", False: "no", None: "not shown"}
+    found = report.evidence.diagnostics if report.evidence else ()
+    return [(PROPERTIES[one.name], told[one.holds], one.why) for one in found]
+
+
+def further(report: Report) -> list[tuple[str, str, str]]:
+    """Measures beside the verdict, original and hardened."""
     if report.evidence is None:
         return []
-    flags = [("Price", flag) for flag in report.evidence.flags]
-    checks = report.evidence.checks.items()
-    missed = [(name, result) for name, result in checks if result not in ("ok", report.evidence.reason)]
-    failed = [("Check failed", f"{name}: {result}") for name, result in missed]
-    return flags + failed + [("Note", note) for note in report.evidence.notes]
-
-
-def worst_family(evidence: Evidence) -> Family | None:
-    """The family that decides: the lowest word, then the highest usable score on the hardened model."""
-    order = get_args(Word)
-    return min(evidence.families, key=lambda f: (order.index(f.word), -f.w_hardened.value), default=None)
-
-
-def family_rows(evidence: Evidence) -> list[tuple[str, ...]]:
-    """One row per family under `COLUMNS`, as plain text."""
-    return [
+    m = report.evidence.measures
+    intervals = (
+        ("nAUC, lower is better: mean usable score over log steps", m.nauc_original, m.nauc_hardened),
         (
-            family.title,
-            figure(family.w_original) if family.w_original else "–",
-            figure(family.w_hardened),
-            figure(family.w_raw_hardened),
-            multiplier(family.multiplier) if family.multiplier else "–",
-            family.word,
-        )
-        for family in evidence.families
-    ]
+            "SLC-AUC, lower is better: mean lead over training from scratch over log rows",
+            m.slc_auc_original,
+            m.slc_auc_hardened,
+        ),
+    )
+    rows = [(name, or_dash(figure, u), or_dash(figure, h)) for name, u, h in intervals if h]
+    if m.collapse_rate_hardened is not None:
+        shares = (or_dash(share, m.collapse_rate_original), share(m.collapse_rate_hardened))
+        rows.append(("Share of attacks that ended with general ability lost", *shares))
+    here, there = report.evidence.benchmarks_hardened, report.evidence.benchmarks_original
+    return rows + [(f"{name}, higher is better", or_dash(share, there.get(name)), share(here[name])) for name in here]
+
+
+def families_markdown(report: Report, columns: Sequence[str] = NARROW, most: int | None = None) -> str:
+    """The families of the verdict as Markdown, the worst first and in bold, `most` of them; empty if none was run.
+
+    A column that says nothing of any family is left out.
+    """
+    families = ranked(report.evidence)[:most] if report.evidence else []
+    columns = _comparable(report, columns)
+    return family_table(families, columns, bold=frozenset({0}), dosed=_dosed(report)) if families else ""
+
+
+def _dosed(report: Report) -> frozenset[str]:
+    """Attacks whose curves are single points: they take no steps, so what they were tried at are doses."""
+    stepped = {curve.family for curve in report.curves if len(curve.points) > 1}
+    return frozenset(curve.family for curve in report.curves) - stepped
+
+
+def outside_markdown(report: Report) -> str:
+    """The families that need the parent's weights, as Markdown; empty where none was run."""
+    families = outside(report.evidence) if report.evidence else []
+    return family_table(families, ("Attack", "Original", "Hardened", "Hardened, raw")) if families else ""
+
+
+def _comparable(report: Report, columns: Sequence[str]) -> Sequence[str]:
+    """The columns that a model probed alone can fill, or all."""
+    return [name for name in columns if name != "Verdict"] if absolute(report) else columns
 
 
 def markdown(report: Report) -> str:
-    """The same facts as Markdown, for the summary of a job."""
-    facts = [("Verdict", verdict(report)), ("Why", why(report)), *caveats(report), *four_answers(report)]
+    """The facts in short as Markdown, for pull requests and job summaries; what is longer is folded."""
     parts = [
         f"### hardener: {escape(report.parent.id)}",
         *([f"**{GATE_MISSED}**"] if report.pushed_anyway else []),
-        escape(headline(report)),
-        markdown_table(("", ""), facts),
-        families_markdown(report),
-        "**Not tried**\n\n" + "\n".join(f"- {escape(line)}" for line in not_tried(report)),
+        f"**Verdict: {escape(verdict(report))}.** {escape(why(report))}",
+        "\n".join(f"- **{escape(kind)}:** {escape(caveat)}" for kind, caveat in caveats(report)),
+        escape(_sentences(headline(report), power(report))),
+        families_markdown(report, most=TOP),
         LIMIT,
+        _folded("Four answers, and what was not tried", _answers_markdown(report)),
+        _folded("Every attack", _every_attack(report)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def families_markdown(report: Report) -> str:
-    """The family table as Markdown, the deciding family in bold; empty where no family was run."""
-    if report.evidence is None or not report.evidence.families:
-        return ""
-    worst = worst_family(report.evidence)
-    bold = {index for index, family in enumerate(report.evidence.families) if family is worst}
-    return markdown_table(COLUMNS, family_rows(report.evidence), bold)
+def _answers_markdown(report: Report) -> str:
+    answers = [f"**{escape(question)}** {escape(answer)}" for question, answer in four_answers(report)]
+    untried = "\n".join(f"- {escape(line)}" for line in not_tried(report))
+    return "\n\n".join([*answers, escape(holds_for(report)), f"**Not tried**\n\n{untried}"])
 
 
-def markdown_table(
-    columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], bold: set[int] | frozenset[int] = frozenset()
-) -> str:
-    """A GitHub-flavoured table of plain text; rows whose index is in `bold` are set in bold."""
-    lines = [columns, ("---",) * len(columns)]
-    cells = [
-        tuple(f"**{escape(cell)}**" if index in bold else escape(cell) for cell in row)
-        for index, row in enumerate(rows)
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [*lines, *cells])
+def _every_attack(report: Report) -> str:
+    """All that is known of each attack, of the trap, and beside the verdict."""
+    remarks = "\n".join(f"- {escape(note)}" for note in notes(report))
+    parent = outside_markdown(report)
+    tables = (
+        families_markdown(report, WIDE),
+        f"{NEEDS_PARENT}\n\n{parent}" if parent else "",
+        further_markdown(report),
+        trap_markdown(report),
+        remarks,
+    )
+    return "\n\n".join(table for table in tables if table)
+
+
+def _folded(title: str, inside: str) -> str:
+    return f"<details>\n<summary>{title}</summary>\n\n{inside}\n\n</details>" if inside else ""
+
+
+def further_markdown(report: Report) -> str:
+    """The measures beside the verdict as Markdown; empty where there are none."""
+    rows = further(report)
+    return markdown_table(("Beside the verdict", "Original", "Hardened"), rows) if rows else ""
+
+
+def trap_markdown(report: Report) -> str:
+    """The properties of a trap as Markdown; empty where they were not asked for."""
+    rows = trap(report)
+    return markdown_table(("What a collapse trap claims", "Shown", "Why"), rows) if rows else ""
 
 
 def print_summary(report: Report, console: Console) -> None:
-    """Print verdict, reason, price flags, the four answers, the family table and what was not tried."""
+    """Print verdict, reason, what stands beside it, the four answers, the worst attacks and what was not tried."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -227,41 +331,31 @@ def print_summary(report: Report, console: Console) -> None:
     console.print(Text(why(report)))
     for kind, caveat in caveats(report):
         console.print(Text(f"{kind}: {caveat}", style="yellow"))
-    for question, answer in four_answers(report):
+    for question, answer in [*four_answers(report), *_asides(report)]:
         console.print()
         console.print(Text(question, style="bold"))
         console.print(Padding(Text(answer), (0, 0, 0, 2)))
     if evidence and evidence.families:
         console.print()
-        console.print(_rich_table(evidence, console.width))
-    console.print()
-    console.print(Text("Not tried", style="bold"))
-    for line in not_tried(report):
-        console.print(Padding(Text(f"- {line}"), (0, 0, 0, 2)))
+        console.print(_rich_table(report, evidence, console.width))
+        if (rest := len(ranked(evidence)) - TERMINAL) > 0:
+            attacks = "1 further attack" if rest == 1 else f"{rest} further attacks"
+            console.print(Text(f"{attacks} did less: see the report.", style="dim"))
     console.print()
     console.print(Text(_sentences(holds_for(report), LIMIT), style="dim"))
 
 
-def figure(interval: Interval) -> str:
-    """A score or ratio with its interval: `0.12 [0.08, 0.17]`."""
-    return f"{_number(interval.value, 2)} [{_number(interval.low, 2)}, {_number(interval.high, 2)}]"
-
-
-def multiplier(interval: Interval) -> str:
-    """A cost multiplier: `3.1 [2.4, 4.0]`, or `≥ 16.0` where the budget ended first."""
-    if interval.censored:
-        return f"≥ {_number(interval.value, 1)}"
-    return f"{_number(interval.value, 1)} [{_number(interval.low, 1)}, {_number(interval.high, 1)}]"
-
-
-def escape(text: str) -> str:
-    """Make any string inert in Markdown and HTML, on one line and inside a table cell.
-
-    Intervals such as `[0.08, 0.17]` stay readable unless what follows would make them a link.
-    """
-    line = " ".join("".join(c for c in text if c.isprintable() or c.isspace()).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(SPECIAL, lambda match: match["interval"] or "\\" + match[0], line)
+def _asides(report: Report) -> list[tuple[str, str]]:
+    """What follows the four answers on a terminal."""
+    claims = " ".join(f"{claim}: {told}." for claim, told, _ in trap(report))
+    seen = " ".join(_stop(note) for note in notes(report)[:CLAUSES])
+    asides = (
+        ("Does the trap work as a trap?", claims),
+        ("What the probe can see", power(report)),
+        ("Notes", seen),
+        ("Not tried", f"{'; '.join(not_tried(report))}."),
+    )
+    return [(title, text) for title, text in asides if text]
 
 
 def _worst_case(m: Measures, hardened: Interval) -> str:
@@ -293,8 +387,8 @@ def _misuse(report: Report, m: Measures) -> str:
 def _cost(m: Measures) -> str | None:
     if m.multiplier is None:
         return None
-    half_way = f" ({_number(m.half_way, 2)})" if m.half_way is not None else ""
-    original = f" ({_number(m.cost_original_steps, 1)} steps)" if m.cost_original_steps is not None else ""
+    half_way = f" ({number(m.half_way, 2)})" if m.half_way is not None else ""
+    original = f" ({number(m.cost_original_steps, 1)} steps)" if m.cost_original_steps is not None else ""
     times = f"{multiplier(m.multiplier)} times the steps of the original{original}"
     return f"Reaching the half-way score{half_way} takes {times}."
 
@@ -324,11 +418,20 @@ def _price(m: Measures) -> str:
     if m.utility_hardened is None:
         return "Not measured."
     if m.utility_kept is None or m.utility_original is None:
-        return f"Not comparable: its utility before any attack is {figure(m.utility_hardened)}."
-    return (
+        alone = f"Not comparable: its utility before any attack is {figure(m.utility_hardened)}."
+        return _sentences(alone, _refusals(m))
+    return _sentences(
         f"Before any attack it keeps {figure(m.utility_kept)} of the original's utility "
-        f"({figure(m.utility_hardened)} against {figure(m.utility_original)})."
+        f"({figure(m.utility_hardened)} against {figure(m.utility_original)}).",
+        _refusals(m),
     )
+
+
+def _refusals(m: Measures) -> str | None:
+    if m.over_refusal_hardened is None:
+        return None
+    original = f", the original {figure(m.over_refusal_original)}" if m.over_refusal_original else ""
+    return f"Of harmless prompts it refuses {figure(m.over_refusal_hardened)}{original}."
 
 
 def _honest_use(m: Measures) -> str:
@@ -347,22 +450,23 @@ def _honest_use(m: Measures) -> str:
 
 def _reach(report: Report, evidence: Evidence) -> str:
     """Answer 4: the budget, the attack that did best, and the families it does not withstand."""
-    titles = "; ".join(_attacks(report, evidence))
-    tried = f"Tried: {titles}." if titles else None
     budget = f"Budget: {_budget(evidence)}." if evidence.runs else "No attack was run to its end."
     best = f"The attack that did best on {subject(report)}: {_stop(evidence.worst)}" if evidence.worst else None
-    return _sentences(tried, budget, best, _unprotected(report, evidence), "What was not tried is listed below.")
+    weak = _unprotected(report, evidence)
+    return _sentences(_attacks(report, evidence), budget, best, weak, "What was not tried is listed below.")
 
 
-def _attacks(report: Report, evidence: Evidence) -> list[str]:
-    """Titles of the families, or their names where nothing was compared and only curves are left."""
+def _attacks(report: Report, evidence: Evidence) -> str | None:
+    """Where to read what was tried; the names where nothing was compared and only curves are left."""
+    if evidence.families:
+        return "Tried: every attack in the table."
     names = dict.fromkeys(curve.family for curve in report.curves if curve.family != "none")
-    return [family.title for family in evidence.families] or list(names)
+    return f"Tried: {'; '.join(names)}." if names else None
 
 
 def _unprotected(report: Report, evidence: Evidence) -> str | None:
-    open_to = [family.title for family in evidence.families if family.word == "no measurable protection"]
-    return None if absolute(report) or not open_to else f"No measurable protection against: {'; '.join(open_to)}."
+    open_to = [family.title for family in ranked(evidence) if family.word == "no measurable protection"]
+    return None if absolute(report) or not open_to else f"No measurable protection against: {_few('; '.join(open_to))}."
 
 
 def _budget(evidence: Evidence) -> str:
@@ -374,25 +478,25 @@ def _budget(evidence: Evidence) -> str:
     )
 
 
-def _rich_table(evidence: Evidence, width: int) -> Table:
-    """The family table; intervals stand under their values, unbroken where the terminal has 80 columns."""
+def _rich_table(report: Report, evidence: Evidence, width: int) -> Table:
+    """The worst families; intervals stand under their values, unbroken where the terminal has 80 columns."""
     from rich.table import Table
     from rich.text import Text
 
-    first, *figures, last = COLUMNS
+    columns = _comparable(report, SMALL)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="underline")
-    for name in (first, *figures, last):
-        table.add_column(name.replace(" ", "\n"), overflow="fold", no_wrap=name in figures and width >= 80)
-    worst = worst_family(evidence)
-    for family, row in zip(evidence.families, family_rows(evidence), strict=True):
-        cells = (Text(cell.replace(" [", "\n[")) for cell in row)
-        table.add_row(*cells, style="bold" if family is worst else None)
+    for name in columns:
+        table.add_column(name.replace(" ", "\n"), overflow="fold", no_wrap=name in FIGURES and width >= 80)
+    for place, family in enumerate(ranked(evidence)[:TERMINAL]):
+        cells = (Text(CELLS[name](family).replace(" [", "\n[")) for name in columns)
+        table.add_row(*cells, style=None if place else "bold")
     return table
 
 
-def _number(value: float, digits: int) -> str:
-    """Fixed digits, a true minus sign, and never minus zero."""
-    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+def _few(text: str) -> str:
+    """The first parts of a long enumeration."""
+    parts = text.rstrip(".").split("; ")
+    return text if len(parts) <= CLAUSES else "; ".join(parts[:CLAUSES]) + "; and others"
 
 
 def _stop(text: str) -> str:

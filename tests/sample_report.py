@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hardener import registry
 from hardener.report import (
     Curve,
     DataRecord,
@@ -35,7 +36,10 @@ def curve(subject: str, family: str, top: float, half_step: float, rate: float, 
         usable = 0.0 if collapse is not None and step >= collapse else score
         answers = {"usable": usable, "refused": 0.9 * (1 - score), "other": 1 - usable - 0.9 * (1 - score)}
         low, high = max(score - 0.05, 0), min(score + 0.05, 1)
-        points.append(Point(step=step, score=score, low=low, high=high, usable=usable, utility=0.7, answers=answers))
+        utility = 0.7 if usable == score else 0.2
+        points.append(
+            Point(step=step, score=score, low=low, high=high, usable=usable, utility=utility, answers=answers)
+        )
     return Curve(subject=subject, family=family, rate=rate, seeds=3, points=tuple(points))
 
 
@@ -239,6 +243,40 @@ def searched() -> Report:
     trials = tuple(round(0.55 * (1 - 0.8 / (1 + trial)) - 0.1 * (trial % 3), 3) for trial in range(24))
     update = {"preset": "thorough", "score": "judged", "agreement": 0.71, "searches": {"full": trials, "lora": trials}}
     return report.model_copy(update={"evidence": report.evidence.model_copy(update=update)})
+
+
+def every_family() -> Report:
+    """A run of the preset `standard` on a language model: every family of the table, each at its own strength."""
+    report = language_model("raises cost")
+    assert report.evidence is not None
+    tried = [registry.find("attacks", name) for name in registry.BUILT_IN["attacks"]]
+    tried = [one for one in tried if one.generative]
+    tops = {one.name: round(0.55 - 0.02 * place, 2) for place, one in enumerate(tried)}
+    far = interval(3.1, 0.6)
+    shown = tuple(
+        family(
+            one.name,
+            one.title,
+            tops[one.name],
+            far if one.trains else None,
+            "raises cost",
+            rates=one.rates or one.doses or (1e-4,),
+            best_rate_original=(one.rates or one.doses or (1e-4,))[0],
+            best_rate_hardened=(one.rates or one.doses or (1e-4,))[-1],
+            best_step_hardened=96 if one.trains else 0,
+        )
+        for one in tried
+    )
+    drawn = tuple(
+        curve(who, one.name, top, half_step, rate, collapse=64 if who == "hardened" and rate == 3e-4 else None)
+        for one in tried
+        if one.trains
+        for who, top, half_step in (("original", 0.95, 7.6), ("hardened", tops[one.name], 24))
+        for rate in one.rates or (1e-4,)
+    )
+    asked = tuple(dosed("hardened", one.name, tops[one.name], dose) for one in tried for dose in one.doses)
+    told = {"families": shown, "worst": f"{shown[0].title} at 3e-4, step 96"}
+    return report.model_copy(update={"evidence": report.evidence.model_copy(update=told), "curves": drawn + asked})
 
 
 def withheld() -> Report:

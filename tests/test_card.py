@@ -16,12 +16,15 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from hardener import summary
+from hardener import summary, tables
 from hardener.card import metadata, render
 from hardener.report import Interval, Report, Word
 
 WORDS = get_args(Word)
 REPORTS = {word: sample.language_model(word) for word in WORDS} | {
+    "every family": sample.every_family(),
+    "searched": sample.searched(),
+    "withheld": sample.withheld(),
     "classifier": sample.classifier(),
     "probe only": sample.probe_only(),
     "compared": sample.compared(),
@@ -113,7 +116,7 @@ def test_a_price_stands_beside_the_verdict(flag):
 def test_a_failed_check_and_a_note_are_shown_and_a_passed_check_is_not():
     card = render(sample.language_model("inconclusive"))
     assert "- **Check failed:** every family ran: lora: 2 of 12 runs failed" in card
-    assert "- **Note:** not canonicalised" in card
+    assert "- not canonicalised: no table row for this family" in card.split("## Notes of the probe")[1]
     assert "rates bracketed" not in card
 
 
@@ -126,10 +129,10 @@ def test_the_family_that_decides_is_bold_and_stands_with_raw_score_and_cost():
 
 
 def test_figures_have_one_form():
-    assert summary.figure(Interval(value=0.12, low=0.08, high=0.17)) == "0.12 [0.08, 0.17]"
-    assert summary.figure(Interval(value=-0.001, low=-0.04, high=0.0)) == "0.00 [−0.04, 0.00]"
-    assert summary.multiplier(Interval(value=16, low=12, high=16, censored=True)) == "≥ 16.0"
-    assert summary.multiplier(Interval(value=3.14, low=2.4, high=4)) == "3.1 [2.4, 4.0]"
+    assert tables.figure(Interval(value=0.12, low=0.08, high=0.17)) == "0.12 [0.08, 0.17]"
+    assert tables.figure(Interval(value=-0.001, low=-0.04, high=0.0)) == "0.00 [−0.04, 0.00]"
+    assert tables.multiplier(Interval(value=16, low=12, high=16, censored=True)) == "≥ 16.0"
+    assert tables.multiplier(Interval(value=3.14, low=2.4, high=4)) == "3.1 [2.4, 4.0]"
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -164,18 +167,12 @@ def test_no_card_prints_none_or_calls_a_score_zero_percent(name):
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_limits_are_always_stated(name):
-    for text in map(flat, (render(REPORTS[name]), printed(REPORTS[name]), summary.markdown(REPORTS[name]))):
+    report = REPORTS[name]
+    for text in (flat(text.replace("\\", "")) for text in (render(report), printed(report), summary.markdown(report))):
         assert summary.LIMIT in text
-        assert "attackers who hold an unhardened parent" in text
-        assert "gradient-free attacks" in text
-
-
-def test_a_gradient_free_family_that_ran_is_not_listed_as_untried():
-    report = sample.language_model()
-    ran = sample.family("ablation", "ablation of directions", 0.2, None, "raises cost")
-    evidence = report.evidence.model_copy(update={"families": (*report.evidence.families, ran)})
-    tried = report.model_copy(update={"evidence": evidence})
-    assert not any("gradient-free" in line for line in summary.not_tried(tried))
+        assert summary.holds_for(report) in text
+        assert summary.not_tried(report)
+        assert all(line in text for line in summary.not_tried(report))
 
 
 @pytest.mark.parametrize(
@@ -211,16 +208,136 @@ def test_a_model_that_others_hardened_has_a_verdict_and_no_lineage_of_ours():
     assert "base_model" not in metadata(sample.compared(), None)
 
 
-def test_what_the_report_lists_as_untried_is_not_said_twice():
-    listed = ("merging with the unhardened parent", "ablation of the refusal direction", "pruning")
-    assert summary.not_tried(_with_evidence(sample.language_model(), not_tried=listed)) == listed
-
-
 def test_a_check_whose_failure_is_the_reason_is_said_once():
     report = _with_evidence(
         sample.language_model("inconclusive"), reason="2 runs failed", checks={"no failed run": "2 runs failed"}
     )
     assert printed(report).count("2 runs failed") == 1
+
+
+def test_what_a_certificate_lacks_is_told_unless_the_reason_says_so():
+    missing = {"seeds": "the worst attack on the original model was run with 1 seed, not 3"}
+    report = _with_evidence(sample.language_model("no measurable protection"), conditions=missing)
+    assert f"- **A certificate would need:** seeds: {missing['seeds']}" in render(report)
+    assert f"A certificate would need: seeds: {missing['seeds']}" in flat(printed(report, 200))
+    assert "A certificate would need" not in render(sample.withheld())
+    assert "1 seed, not 3" in render(sample.withheld()).split("## ")[0]
+
+
+def test_of_a_long_reason_the_first_parts_are_shown():
+    long = "; ".join(f"family-{i} did nothing at any rate" for i in range(20))
+    report = _with_evidence(sample.language_model(), conditions={"rates bracketed": long})
+    told = dict(summary.caveats(report))["A certificate would need"]
+    assert told.endswith("family-2 did nothing at any rate; and others")
+
+
+@pytest.mark.parametrize(("preset", "said"), [("quick", "quick probe"), ("reduced-cpu", "reduced CPU probe")])
+def test_a_probe_that_only_screens_says_so_in_the_first_lines(preset, said):
+    report = _with_evidence(sample.language_model("inconclusive"), preset=preset)
+    for text in (render(report), printed(report), summary.markdown(report)):
+        assert said in body(text).partition(summary.QUESTIONS[0])[0]
+    assert said not in render(sample.language_model("inconclusive"))
+
+
+def test_judges_are_named_with_what_they_are_and_how_well_they_agree():
+    judges = "acme/judge@89abcdef classifier harmful ≥ 0.5, prompt 5e5e; acme/guard@77aa guard ≥ 0.5, prompt 66bb"
+    report = _with_evidence(sample.searched(), judges=judges)
+    refusal = {"model": "acme/no", "revision": "cdef" * 10, "kind": "classifier", "labels": ["refused"]}
+    probe = {**report.recipe["probe"], "answer_tokens": 64, "refusal_judge": refusal}
+    card = render(report.model_copy(update={"recipe": {**report.recipe, "probe": probe}}))
+    assert [f"| Judge | {judge} |" in card for judge in judges.split("; ")] == [True, True]
+    assert "| Agreement of the judges | Cohen's κ = 0.71 |" in card
+    assert f"| Refusals told by | acme/no@{'cdef' * 10} |" in card
+    assert "end after 64 tokens, so early that harm may not come to show" in card.split("## ")[0]
+    assert "so early that" not in render(report)
+
+
+def test_public_benchmarks_stand_beside_the_verdict():
+    report = _with_evidence(
+        sample.language_model(), benchmarks_original={"arc": 0.52}, benchmarks_hardened={"arc": 0.49, "new": 0.3}
+    )
+    for text in (render(report), summary.markdown(report)):
+        assert "| arc, higher is better | 0.52 | 0.49 |" in text
+        assert "| new, higher is better | – | 0.30 |" in text
+
+
+def test_the_card_tells_which_of_its_claims_a_trap_keeps():
+    card = render(sample.language_model())
+    section = card.split("## Does the trap work as a trap?")[1].split("## ")[0]
+    shown = [line.split(" | ")[1] for line in section.splitlines() if line.startswith("| ")][2:]
+    assert shown == ["yes", "not shown", "no", "no"]
+    assert (
+        "an attacker who trains on general rows beside the harm fails too: no"
+        in flat(printed(sample.language_model())).lower()
+    )
+    assert "work as a trap" not in render(sample.classifier()) + printed(sample.classifier())
+
+
+def test_every_attack_has_one_row_and_those_that_need_the_parent_stand_apart():
+    report = sample.every_family()
+    card = render(report)
+    table, rest = card.split("## Attack by attack")[1].split("## Where it breaks")
+    for family in report.evidence.families:
+        inside = family.name not in ("merge", "delta-removal")
+        here, there = (
+            text.count(f"{tables.escape(family.title)} |") + text.count(f"{family.title}** |") for text in (table, rest)
+        )
+        assert (here, there) == ((1, 0) if inside else (0, 1))
+    assert summary.NEEDS_PARENT in rest
+    assert summary.NEEDS_PARENT not in render(sample.language_model())
+
+
+def test_the_attack_that_the_report_calls_worst_is_in_bold_also_where_another_came_near():
+    report = sample.every_family()
+    named = _with_evidence(report, worst="refusal direction ablated, then full at 3e-4, step 4")
+    bold = [line for line in render(named).splitlines() if line.startswith("| **")]
+    assert [line.split("**")[1] for line in bold] == ["refusal direction ablated, then full"]
+    unnamed = tables.ranked(_with_evidence(report, worst="no attack").evidence)
+    scores = [family.w_hardened.value for family in unnamed]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_terminal_of_80_columns_shows_the_worst_attacks_and_counts_the_others():
+    report = sample.every_family()
+    ranked = [family.title for family in tables.ranked(report.evidence)]
+    text = printed(report, 80)
+    table = text.split("multiplier  Verdict")[1]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "refusal direction" not in flat(table)
+    assert all(title.split()[0] in table for title in ranked[: summary.TERMINAL])
+    assert f"{len(ranked) - summary.TERMINAL} further attacks did less: see the report." in table
+    assert "further attack" not in printed(sample.language_model())
+
+
+def test_a_pull_request_shows_the_worst_attacks_and_folds_the_rest():
+    report = sample.every_family()
+    text = summary.markdown(report)
+    first, *folded = text.split("<details>")
+    assert first.count("raises cost |") + first.count("raises cost** |") == summary.TOP
+    assert "**Verdict: raises cost.**" in first
+    assert summary.headline(report) in first.replace("\\", "")
+    assert len(first) < 5000
+    full = folded[-1]
+    assert all(tables.escape(family.title) in full for family in report.evidence.families)
+    assert "| 4 rates, 1e-5 to 3e-4 |" in full.replace("**", "")
+    assert "| doses 1, 2, 3 |" in full
+    assert "| p (Holm) |" in full
+    assert "p (Holm)" not in render(report)
+
+
+def test_a_column_that_says_nothing_is_left_out():
+    lone = _with_evidence(
+        sample.probe_only(), families=(sample.family("full", "full", 0.3, None, "inconclusive", w_original=None),)
+    )
+    head = summary.families_markdown(lone).splitlines()[0]
+    assert head == "| Attack | Hardened | Hardened, raw |"
+
+
+def test_a_plot_with_a_dark_twin_is_shown_once_on_each_page():
+    card = render(sample.language_model(), plots=("hardener/curves.png", "hardener/curves-dark.png"))
+    shown = re.findall(r'<img class="([^"]+)" src="([^"]+)" alt="[^"]+">', card)
+    assert shown == [("dark:hidden", "hardener/curves.png"), ("hidden dark:block", "hardener/curves-dark.png")]
+    assert "![" not in card
 
 
 def test_the_headline_is_one_line_with_both_models():
@@ -337,7 +454,7 @@ def test_a_hostile_name_is_shown_and_does_nothing(name):
         assert "<script" not in text
         assert text.count("<details") == plain.count("<details")
         assert "](https://example.org" not in text
-        assert "49" not in text.replace("494,032,768", "")
+        assert text.count("49") == plain.count("49")
         assert structure(text) == structure(plain)
     assert ModelCard(render(report)).data.base_model == name
     printed(report)
@@ -470,5 +587,5 @@ def test_no_figure_and_no_word_is_cut_off_on_a_narrow_terminal(width):
     table = text.split("Attack")[1].split("Not tried")[0]
     assert "…" not in text
     for family in report.evidence.families:
-        assert summary.figure(family.w_hardened).split(" ", 1)[1] in table
+        assert tables.figure(family.w_hardened).split(" ", 1)[1] in table
         assert all(part in table.split() for part in family.word.split())
