@@ -29,13 +29,19 @@ def section(report: Report) -> str:
         verdict,
         prices(report),
         summary.families_markdown(report, tables.WIDE),
-        summary.outside_markdown(report),
+        outside(report),
         summary.further_markdown(report),
         summary.trap_markdown(report),
         curves(report),
         beside(report),
     )
     return "\n\n".join(part for part in parts if part)
+
+
+def outside(report: Report) -> str:
+    """The attacks that need the parent's weights, with what that means."""
+    found = summary.outside_markdown(report)
+    return f"{summary.NEEDS_PARENT}\n\n{found}" if found else ""
 
 
 def prices(report: Report) -> str:

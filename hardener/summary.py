@@ -57,8 +57,8 @@ QUESTIONS = (
 )
 
 SCREENS = {
-    "quick": "quick probe: a few attacks with one seed. It can show that nothing holds, never that something does",
-    "reduced-cpu": "reduced CPU probe: two attacks with one seed. It can show that nothing holds, "
+    "quick": "a quick probe of a few attacks with one seed: it can show that nothing holds, never that something does",
+    "reduced-cpu": "a reduced CPU probe of two attacks with one seed: it can show that nothing holds, "
     "never that something does",
 }
 """What the presets that never certify are, in the first lines of the card."""
@@ -187,7 +187,7 @@ def caveats(report: Report) -> list[tuple[str, str]]:
     evidence = report.evidence
     if evidence is None:
         return []
-    screen = [("Probe", SCREENS[evidence.preset])] if evidence.preset in SCREENS else []
+    screen = [("Screening", SCREENS[evidence.preset])] if evidence.preset in SCREENS else []
     flags = [("Price", flag) for flag in evidence.flags]
     found = (("Check failed", evidence.checks), ("A certificate would need", evidence.conditions))
     missed = [
@@ -348,11 +348,10 @@ def print_summary(report: Report, console: Console) -> None:
 def _asides(report: Report) -> list[tuple[str, str]]:
     """What follows the four answers on a terminal."""
     claims = " ".join(f"{claim}: {told}." for claim, told, _ in trap(report))
-    seen = " ".join(_stop(note) for note in notes(report)[:CLAUSES])
     asides = (
         ("Does the trap work as a trap?", claims),
         ("What the probe can see", power(report)),
-        ("Notes", seen),
+        ("Notes", _few("; ".join(notes(report)))),
         ("Not tried", f"{'; '.join(not_tried(report))}."),
     )
     return [(title, text) for title, text in asides if text]
