@@ -91,11 +91,11 @@ class Ladder:
         return beaten and self._steps_to(run, best / 2) <= QUICKEST
 
     def _too_little(self, runs: dict[float, Run], end: float) -> bool:
-        """The rate does nothing."""
-        return self.reached(runs[end]) < max(WORTH_GATING, self._start(runs[end]) + WORTH_GATING)
-
-    def _start(self, run: Run) -> float:
-        return self._worth(run.curve, run.curve[0]) if run.curve else 0.0
+        """The rate does nothing: neither to the restricted task nor to general utility."""
+        run = runs[end]
+        if run.failed is not None or not all(self._kept(run.curve, point) for point in run.curve):
+            return False
+        return self.reached(run) < WORTH_GATING + max(0.0, self._worth(run.curve, run.curve[0]))
 
     def _steps_to(self, run: Run, worth: float) -> float:
         """The first checkpoint at which a run is worth so much; infinite where none is."""

@@ -169,6 +169,11 @@ def test_a_ladder_grows_at_both_ends_until_it_is_bracketed():
     assert rates_of(climbed((1e-3, 1e-2), between(2e-3, 5e-3))) == [1e-3, 1e-2]
 
 
+def test_a_ladder_grows_downwards_while_its_lowest_rate_breaks_the_model():
+    """A collapsed model is worth nothing to the attacker, which is not to say that nothing happened."""
+    assert min(rates_of(climbed((1e-3, 3e-3), lambda rate: level(0.9, utility=1.0 if rate < 2e-4 else 0.2)))) == 3.7e-5
+
+
 def test_a_ladder_grows_at_most_three_times_at_either_end():
     assert rates_of(climbed((1e-3,), between(0.0, 9.0))) == [3.7e-5, 1.11e-4, 3.33e-4, 1e-3, 3e-3, 9e-3, 2.7e-2]
 
