@@ -191,7 +191,8 @@ def test_no_higher_rate_is_tried_where_half_the_score_takes_the_fewest_steps_the
 
 def test_a_ladder_grows_while_nothing_works_and_nothing_breaks():
     assert rates_of(climbed((1e-3,), lambda rate: level(0.0))) == [1e-3, 3e-3, 9e-3, 2.7e-2]
-    assert rates_of(climbed((1e-3,), lambda rate: level(0.0, utility=0.2))) == [1e-3]
+    broken = climbed((1e-3,), lambda rate: level(0.0, utility=0.2))
+    assert rates_of(broken) == [3.7e-5, 1.11e-4, 3.33e-4, 1e-3]  # the rates may have been too high all along
 
 
 def test_the_best_rate_is_the_quickest_of_those_that_reached_nearly_as_much_as_any():
