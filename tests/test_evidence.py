@@ -781,6 +781,14 @@ def test_judged_texts_need_two_judges_that_agree():
         assert found.agreement == agreement
 
 
+def test_public_benchmarks_of_both_models_are_in_the_evidence_and_change_no_word(original):
+    before = original.model_copy(update={"benchmarks": {"arc_easy": 0.7}})
+    found = judge(before, measured("hardened", attacks(), benchmarks={"arc_easy": 0.1}))
+    assert (found.benchmarks_original, found.benchmarks_hardened) == ({"arc_easy": 0.7}, {"arc_easy": 0.1})
+    assert found.word == judge(original, measured("hardened", attacks())).word
+    assert judge(None, measured("hardened", attacks())).benchmarks_original == {}
+
+
 def test_a_family_needs_a_difference_beyond_the_chance_of_many_families():
     original = measured("original", attacks(families=("full", "lora")))
     hardened = (*attacks(families=("full",), top=0.0), *attacks(families=("lora",)))
