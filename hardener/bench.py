@@ -7,6 +7,7 @@ what a measurement depends on; the measurement of an original is kept under it f
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -140,7 +141,8 @@ class Bench:
 
         versions = [hardener.__version__, torch.__version__, transformers.__version__, peft.__version__]
         probe = self.probe.model_dump_json(exclude={"gate"})
-        digest = hashlib.sha256("\n".join([probe, self.device, *versions]).encode())
+        form = json.dumps(Measurement.model_json_schema())  # what is measured, as much as by what
+        digest = hashlib.sha256("\n".join([probe, self.device, form, *versions]).encode())
         identities = [judge.identity() for judge in (self.panel, self.refusal_judge) if judge is not None]
         digest.update(repr(identities).encode())
         digest.update(repr((self.streams.classes, self.streams.refusals)).encode())

@@ -102,7 +102,7 @@ def _verdict(report: Report) -> list[str]:
     told = report.evidence
     if told is None:
         return []
-    word, reason, flags = verdict.decide(told.measures, told.checks)
+    word, reason, flags = verdict.decide(told.measures, told.checks, told.conditions)
     word, _ = verdict.cap(word, reason, told.preset)
     if (word, flags) == (told.word, told.flags):
         return []

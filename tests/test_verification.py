@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import small
 import yaml
+from sample_report import withheld
 
 import hardener
 from hardener import release as release_files
@@ -150,3 +151,11 @@ def test_two_measurements_disagree_by_figure_or_by_word(made, found):
 def test_without_a_measurement_nothing_is_compared(made):
     with pytest.raises(VerifyError, match="no worst case to compare"):
         verification.compare(None, judged(made, 0.4, 0.3, 0.5))
+
+
+def test_a_certificate_that_was_withheld_agrees_with_its_figures():
+    """The figures alone would give more than a condition allows; a report without the condition is found out."""
+    told = withheld()
+    assert verification._verdict(told) == []
+    without = told.model_copy(update={"evidence": told.evidence.model_copy(update={"conditions": {}})})
+    assert "its figures and checks give" in verification._verdict(without)[0]
