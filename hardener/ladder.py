@@ -79,7 +79,7 @@ class Ladder:
         return 0.0 if run.failed is not None else max(self._worth(run.curve, point) for point in run.curve)
 
     def _too_much(self, runs: dict[float, Run], end: float) -> bool:
-        """The rate breaks the model, or is as quick as can be and not the best of those that leave something to gain."""
+        """The rate breaks the model, or is as quick as can be and not the best one with something left to gain."""
         run, best = runs[end], max(map(self.reached, runs.values()))
         if run.failed is not None or not self._kept(run.curve, run.curve[-1]):
             return True
