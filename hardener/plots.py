@@ -240,7 +240,7 @@ def _heat_map(report: Report, theme: Theme) -> Figure | None:
     titles = _titles(report)
     panels[0].set_yticks(range(len(names)), [titles.get(name, name) for name in names])
     figure.supxlabel("learning rate, or step length of a relative attack (nearest half decade)", fontsize=9)
-    rule = "best usable score; × general ability lost at the end; – no run that counts"
+    rule = "best usable score; × general ability lost at the end; – not tried, or without evidence"
     figure.suptitle(rule, fontsize=9)
     return figure
 
