@@ -189,3 +189,15 @@ def test_only_language_models_with_a_control_are_diagnosed():
     }
     assert evidence(bare, bare.model_copy(update={"subject": "hardened"}), None, **how).diagnostics == ()
     assert evidence(None, measured("hardened", attacks()), None, **how).diagnostics == ()
+
+
+def test_where_no_attack_works_on_the_original_none_need_fail():
+    found = diagnosed([run("mixed", harm=0.1)], original=attacks(harm=0.2))["adaptive"]
+    assert found.holds is None
+    assert "no attack works on the original" in found.why
+
+
+def test_a_hardened_model_that_keeps_more_than_the_original_is_said_to_be_above_it():
+    found = diagnosed(attacks(utility=0.8), original=attacks(utility=0.6))["fires"]
+    assert found.holds is False
+    assert "20 points above the original's" in found.why
