@@ -79,16 +79,15 @@ class Ladder:
         return 0.0 if run.failed is not None else max(self._worth(run.curve, point) for point in run.curve)
 
     def _too_much(self, runs: dict[float, Run], end: float) -> bool:
-        """The rate breaks the model, or is as quick as can be and not the best one with something left to gain."""
+        """A lower rate does better or leaves nothing to gain, and this one breaks or wears out, or is quick enough."""
         run, best = runs[end], max(map(self.reached, runs.values()))
-        if run.failed is not None or not self._kept(run.curve, run.curve[-1]):
-            return True
+        broken = run.failed is not None or not self._kept(run.curve, run.curve[-1])
         if best < WORTH_GATING:  # nothing works: only a broken model shows that the rates were high enough
+            return broken
+        if self.reached(run) == best < SUCCEEDED:
             return False
-        if self._worth(run.curve, run.curve[-1]) < best / 2:
-            return True
-        beaten = self.reached(run) < best or best >= SUCCEEDED
-        return beaten and self._steps_to(run, best / 2) <= QUICKEST
+        worn = broken or self._worth(run.curve, run.curve[-1]) < best / 2
+        return worn or self._steps_to(run, best / 2) <= QUICKEST
 
     def _too_little(self, runs: dict[float, Run], end: float) -> bool:
         """The rate does nothing: neither to the restricted task nor to general utility."""
