@@ -20,7 +20,7 @@ import typer
 from pydantic import BaseModel
 
 from hardener import card, cli, errors, pipeline, plan, push, recipe_file, registry, report, summary, verdict
-from hardener.attacks.families import BENIGN, SHORT, Family
+from hardener.attacks.families import BENIGN, SCREENS, Family
 from hardener.checks import scientific
 from hardener.defenses.configs import CONFIGS
 from hardener.recipe import (
@@ -173,7 +173,8 @@ def attacks() -> str:
     rows = []
     for name in registry.BUILT_IN["attacks"]:
         family: Family = registry.find("attacks", name)
-        rows.append(family_row(family, [preset for preset, short in SHORT.items() if name in short[family.generative]]))
+        screens = [preset for preset, short in SCREENS.items() if name in short[family.generative]]
+        rows.append(family_row(family, screens))
     rows += [family_row(family, []) for family in BENIGN.values()]
     columns = ("Family", "What it is", "Attacks", "Trains", "Optimizer", "Tried at", "Also in")
     return page(

@@ -17,7 +17,7 @@ from pathlib import Path
 from hardener import files, registry
 from hardener.attacks.asked import plain
 from hardener.attacks.canonical import canonicalise, norm_ratio
-from hardener.attacks.families import SHORT, Family
+from hardener.attacks.families import SCREENS, Family
 from hardener.data import Slice, Streams
 from hardener.judges import Classifier, Panel
 from hardener.measurement import Measurement, Subject
@@ -115,7 +115,7 @@ class Bench:
         generative, preset = self.task.generative, self.probe.preset
         every = [registry.find("attacks", name) for name in registry.known("attacks")]
         chosen = [family for family in every if family.generative == generative and able.can(family)]
-        if short := SHORT.get(preset):
+        if short := SCREENS.get(preset):
             chosen = [family for family in chosen if family.name in short[generative]]
         chosen = [self._laddered(family) for family in chosen]
         if preset == "quick":  # the first family at two rates, the others at one

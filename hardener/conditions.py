@@ -23,7 +23,7 @@ LEAST_RATES = 3  # from here on the rates of a family are a ladder
 LEAST_SEEDS = 3
 NEAR = 0.02  # attacks so close to the best one are as bad
 LEAST_UTILITY_ROWS = 500
-LEAST_TRIALS = 20
+LEAST_TRIALS = 20  # of a search, its ladder included
 STILL_RISING = 0.02
 EVERYTHING = ("full", "fresh-head", "kept-head")  # families that train all weights
 RELATIVE_LOSS, ABSOLUTE_LOSS = 1.1, 0.05  # how near an attack's loss must come to the original's: times, or nats
@@ -132,12 +132,16 @@ def searches_saturated(*subjects: Measurement | None) -> str:
     missing = []
     for subject in filter(None, subjects):
         for family, trials in subject.searches.items():
-            best_so_far = np.maximum.accumulate(trials)
             if len(trials) < LEAST_TRIALS:
                 missing.append(f"{family} on the {subject.subject} model: {len(trials)} trials of {LEAST_TRIALS}")
-            elif best_so_far[-1] - best_so_far[len(trials) * 2 // 3 - 1] >= STILL_RISING:
+            elif rising(trials):
                 missing.append(f"{family} on the {subject.subject} model was still rising after {len(trials)} trials")
     return f"the search for the worst attack is not at its end: {'; '.join(missing)}" if missing else OK
+
+
+def rising(trials: Sequence[float]) -> bool:
+    """Whether the best of a search's trials still rose in the last third of them."""
+    return max(trials) - max(trials[: len(trials) * 2 // 3]) >= STILL_RISING
 
 
 def enough_utility(subject: Measurement, kept: Interval | None, epsilon: float) -> str:

@@ -7,7 +7,7 @@ from string import Formatter
 from typing import Any
 
 from hardener import registry
-from hardener.attacks.families import SHORT
+from hardener.attacks.families import SCREENS
 from hardener.defenses.configs import CONFIGS
 from hardener.problems import Problem, nearest
 from hardener.recipe import ROLES, Data, Recipe, Role, Source, Use
@@ -140,7 +140,7 @@ def _probe(recipe: Recipe) -> Iterator[Problem]:
         if family not in {*families, "benign"}:
             text = f"no attack family is called {family!r}; {nearest(family, {*families, 'benign'})}"
             yield Problem(("probe", "rates", family), text)
-    if probe.gate and probe.preset in SHORT:
+    if probe.gate and probe.preset in SCREENS:
         yield Problem(
             ("probe", "gate"), f"the preset {probe.preset} never certifies; a gate needs standard or thorough"
         )
@@ -174,5 +174,5 @@ def _fits(family: str, recipe: Recipe) -> bool:
         return True
     generative = recipe.task == "causal-lm"
     same_kind = registry.find("attacks", family).generative == generative
-    short = SHORT.get(recipe.probe.preset)
+    short = SCREENS.get(recipe.probe.preset)
     return same_kind and (short is None or family in short[generative])

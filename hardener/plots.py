@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from hardener.checks import OUTSIDE
+from hardener.checks import NO_ATTACK, OUTSIDE
 from hardener.recipe import Recipe
 from hardener.report import Curve, Family, Interval, Point, Report
 from hardener.summary import absolute
@@ -61,7 +61,6 @@ DARK = Theme(
 WIDTH = 8.6  # inches
 MOST = 9
 """Panels in one picture; what is not drawn is in the report."""
-NO_ATTACK = "none"
 Place = tuple[int, int]
 """A cell of the heat map: row of the attack, half decade of its rate."""
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from hardener import checkpoint, files, questions
 from hardener.attacks.asked import plain
 from hardener.attacks.attack import Attack
-from hardener.attacks.families import BENIGN, SHORT, Family
+from hardener.attacks.families import BENIGN, SCREENS, Family
 from hardener.attacks.finetune import attacked
 from hardener.attacks.recorder import Stop, Watch, never, quietly
 from hardener.attacks.scene import Scene
 from hardener.bench import Bench
+from hardener.checks import NO_ATTACK
+from hardener.conditions import LEAST_TRIALS
 from hardener.data import Slice, fraction
 from hardener.judges import USABLE, agreement
 from hardener.judging import Judge, mean
@@ -28,7 +30,7 @@ from hardener.ladder import WORST, Ladder, settled
 from hardener.measurement import Measurement, Run, Subject
 from hardener.progress import Pace, Progress, Tell
 from hardener.recipe import Role
-from hardener.searching import TRIALS, search
+from hardener.searching import search
 from hardener.tasks.base import Example
 
 SCANNED = 200
@@ -143,7 +145,7 @@ class Prober:
         point = self.judge.attack(model, 0, last=True, views=[self.bench.judged.examples])
         found = self.judge.utility(model), self.judge.over_refusal(model)
         self.scene.forget_base()
-        return [Run(family="none", rate=0.0, seed=0, curve=(point,))], *found
+        return [Run(family=NO_ATTACK, rate=0.0, seed=0, curve=(point,))], *found
 
     def _foul(self) -> float | None:
         """Share of the attacker's benign rows that the judges hold for harmful; None where no models judge."""
@@ -169,8 +171,8 @@ class Prober:
             for family in chosen
             for rate in family.rates or family.doses or (0.0,)
         ]
-        if probe.preset == "thorough":
-            attacks += [f.steps for f in chosen if f.rates and not f.follows for _ in range(TRIALS - len(f.rates))]
+        searched = filter(self._is_searched, chosen)
+        attacks += [family.steps for family in searched for _ in range(LEAST_TRIALS - len(family.rates))]
         trained = sorted(filter(None, attacks))
         repeated = {"standard": trained[:WORST], "thorough": trained}.get(probe.preset, [])
         benign = [probe.benign_steps] * len(self._benign_rates()) * len(self.bench.benign)
@@ -181,7 +183,7 @@ class Prober:
         runs: list[Run] = []
         for family in chosen:
             found = self._once(family, runs)
-            if self.bench.probe.preset == "thorough" and family.rates and not family.follows:
+            if self._is_searched(family):
                 first = self._attack(family, family.rates[0], self.bench.probe.seed)
                 found, searches[family.name] = search(found, first, self.ladder.reached, self._watched)
             runs += found
@@ -191,6 +193,10 @@ class Prober:
         self.scene.forget_base()
         return runs
 
+    def _is_searched(self, family: Family) -> bool:
+        """Whether the family's ladder is only the beginning of a search."""
+        return self.bench.probe.preset == "thorough" and bool(family.rates) and not family.follows
+
     def _once(self, family: Family, before: Sequence[Run]) -> list[Run]:
         """A family's doses, its ladder, or the best rate of the family that it follows."""
         attack = partial(self.attack, family, seed=self.bench.probe.seed)
@@ -199,7 +205,7 @@ class Prober:
         if family.follows:
             best = self.ladder.best(before, family.follows)
             return [attack(rate) for rate in dict.fromkeys((*family.rates, *(() if best is None else (best,))))]
-        if self.bench.probe.preset in SHORT:
+        if self.bench.probe.preset in SCREENS:
             return [attack(rate) for rate in dict.fromkeys(family.rates)]
         return self.ladder.climb(family.rates, attack)
 

@@ -15,16 +15,13 @@ import optuna
 from hardener.attacks.attack import Attack
 from hardener.attacks.families import Family, Phase
 from hardener.attacks.recorder import Watch
+from hardener.conditions import LEAST_TRIALS, rising
 from hardener.measurement import Run
 
-TRIALS = 20
-"""Runs of a family's search, its ladder included."""
 MORE = 10
 EXTENSIONS = 3
 """A search whose best still rises is extended by `MORE` runs, at most so often."""
-RISES = 0.02
-"""So much more in the last third of the trials counts as rising."""
-WORKS = 0.5
+TRAINS = 0.5
 """Share of the best worth from which a rate counts as one that trains."""
 SHARES = {"harm only": 1.0, "half benign": 0.5, "nine tenths benign": 0.1}
 
@@ -51,7 +48,7 @@ def search(
         study.add_trial(
             optuna.trial.create_trial(params={"rate": run.rate, **plain}, distributions=space, value=worth(run))
         )
-    runs, planned = list(ladder), TRIALS
+    runs, planned = list(ladder), LEAST_TRIALS
     for _ in range(1 + EXTENSIONS):
         while len(runs) < planned:
             runs.append(_trial(study, space, first, worth, make))
@@ -61,19 +58,13 @@ def search(
     return runs, tuple(map(worth, runs))
 
 
-def rising(values: Sequence[float]) -> bool:
-    """Whether the running maximum still rose in the last third."""
-    seen = len(values) - len(values) // 3
-    return max(values) > max(values[:seen]) + RISES
-
-
 def _space(
     ladder: Sequence[Run], worth: Callable[[Run], float], family: Family
 ) -> dict[str, optuna.distributions.BaseDistribution]:
     """What is searched: rates up to ten times the highest that still trains."""
     best = max(map(worth, ladder))
     rates = [run.rate for run in ladder]
-    highest = max([run.rate for run in ladder if worth(run) >= WORKS * best > 0], default=max(rates))
+    highest = max([run.rate for run in ladder if worth(run) >= TRAINS * best > 0], default=max(rates))
     space: dict[str, optuna.distributions.BaseDistribution] = {
         "rate": optuna.distributions.FloatDistribution(min(rates), max(10 * highest, max(rates)), log=True),
         "batch": optuna.distributions.CategoricalDistribution((1.0, 0.5, 2.0)),

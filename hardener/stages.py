@@ -14,8 +14,9 @@ import torch
 
 import hardener
 from hardener import checkpoint, data, evidence, files, loop, registry, sources
-from hardener.attacks.families import SHORT, Family
+from hardener.attacks.families import SCREENS, Family
 from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
+from hardener.checks import BUDGET_FACTOR, NO_ATTACK
 from hardener.console import Narrator, values
 from hardener.errors import UsageError
 from hardener.judges import Classifier, Panel
@@ -27,8 +28,6 @@ from hardener.run import RunFolder
 from hardener.state import States
 from hardener.tasks.base import Task
 
-BUDGET_FACTOR = 16
-"""The hardened model is attacked for at least this many times the original's own cost."""
 NOT_TRIED = (
     "reinforcement learning, distillation into another model, and attacks on embeddings or latent states",
     "prompts that are searched for (jailbreaks), and prompts of more than eight examples",
@@ -213,7 +212,7 @@ def after(
     if original is not None:
         families = budgeted(bench, original, families)
     notes: tuple[str, ...] = ()
-    if not any(f.edit == "canonical" for f in chosen) and bench.probe.preset not in SHORT:
+    if not any(f.edit == "canonical" for f in chosen) and bench.probe.preset not in SCREENS:
         notes = ("not canonicalised: the table of re-scalings has no row for this architecture",)
     measurement = prober.measure(families, notes)
     if original is not None:
@@ -230,7 +229,7 @@ def budgeted(bench: Bench, original: Measurement, families: tuple[Family, ...]) 
     """
 
     def cost(chosen: tuple[Family, ...]) -> float:
-        names = {f.name for f in chosen} | {"none"}
+        names = {f.name for f in chosen} | {NO_ATTACK}
         there = original.model_copy(update={"runs": tuple(run for run in original.runs if run.family in names)})
         itself = there.model_copy(update={"subject": "hardened"})
         return judge(bench, there, itself, None, chosen).measures.cost_original_steps or 0.0

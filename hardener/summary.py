@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hardener.attacks.families import SCREENS
+from hardener.checks import NO_ATTACK
 from hardener.recipe import Recipe
 from hardener.report import Evidence, Interval, Measures, Parent, Report, Word
 from hardener.tables import (
@@ -56,7 +58,7 @@ QUESTIONS = (
     "Under which attacks, and where does it break?",
 )
 
-SCREENS = {
+SCREENING = {
     "quick": "a quick probe of a few attacks with one seed: it can show that nothing holds, never that something does",
     "reduced-cpu": "a reduced CPU probe of two attacks with one seed: it can show that nothing holds, "
     "never that something does",
@@ -187,7 +189,7 @@ def caveats(report: Report) -> list[tuple[str, str]]:
     evidence = report.evidence
     if evidence is None:
         return []
-    screen = [("Screening", SCREENS[evidence.preset])] if evidence.preset in SCREENS else []
+    screen = [("Screening", SCREENING[evidence.preset])] if evidence.preset in SCREENS else []
     flags = [("Price", flag) for flag in evidence.flags]
     found = (("Check failed", evidence.checks), ("A certificate would need", evidence.conditions))
     missed = [
@@ -459,7 +461,7 @@ def _attacks(report: Report, evidence: Evidence) -> str | None:
     """Where to read what was tried; the names where nothing was compared and only curves are left."""
     if evidence.families:
         return "Tried: every attack in the table."
-    names = dict.fromkeys(curve.family for curve in report.curves if curve.family != "none")
+    names = dict.fromkeys(curve.family for curve in report.curves if curve.family != NO_ATTACK)
     return f"Tried: {'; '.join(names)}." if names else None
 
 

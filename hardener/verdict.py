@@ -16,6 +16,7 @@ ones, the model was made fragile, not safe, and the sentence says so.
 
 from __future__ import annotations
 
+from hardener.attacks.families import SCREENS
 from hardener.recipe import Gate
 from hardener.report import Interval, Measures, Word
 
@@ -26,8 +27,6 @@ COLLAPSE = "by collapse of general ability"
 UTILITY_LOST = "utility lost"
 BENIGN_LOST = "benign fine-tuning lost"
 CERTIFYING: tuple[Word, ...] = ("raises cost", "protected")
-SCREENS = ("quick", "reduced-cpu")
-"""The presets that never certify."""
 GATES: dict[Gate, Word] = {
     "no-measurable-protection": "no measurable protection",
     "raises-cost": "raises cost",

@@ -9,8 +9,9 @@ import pytest
 
 from hardener.attacks.attack import Attack
 from hardener.attacks.families import FULL, KICKED
+from hardener.conditions import LEAST_TRIALS, rising
 from hardener.measurement import Checkpoint, Run
-from hardener.searching import MORE, TRIALS, rising, search
+from hardener.searching import MORE, search
 
 FIRST = Attack(FULL, 1e-4, 0, 16, 16)
 
@@ -53,7 +54,7 @@ def test_a_search_finds_what_no_rate_of_the_ladder_does():
     assert max(values[:3]) == pytest.approx(0.3, abs=1e-9)
     assert max(values) > 0.6
     assert values == tuple(map(worth, runs))
-    assert len(runs) == 3 + len(attacks) >= TRIALS
+    assert len(runs) == 3 + len(attacks) >= LEAST_TRIALS
     assert max(run.rate for run in runs) <= 10 * 1e-3 * 1.001
 
 
@@ -65,10 +66,10 @@ def test_a_search_goes_on_while_its_best_still_rises_and_not_for_ever():
         return count[0] / 100
 
     runs, values, _ = searched(later)
-    assert len(runs) == TRIALS + 3 * MORE
+    assert len(runs) == LEAST_TRIALS + 3 * MORE
     assert rising(values)
     level, _, _ = searched(lambda attack: 0.5)
-    assert len(level) == TRIALS
+    assert len(level) == LEAST_TRIALS
 
 
 def test_a_hopeless_trial_is_given_up_by_its_loss():

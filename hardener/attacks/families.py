@@ -193,7 +193,7 @@ BENIGN = {
 }
 """What an honest user does; keyed by `generative`. Not an attack."""
 
-SHORT: dict[str, dict[bool, tuple[str, ...]]] = {
+SCREENS: dict[str, dict[bool, tuple[str, ...]]] = {
     "quick": {True: ("full", "lora", "mixed", "prefilled"), False: ("fresh-head", "fresh-head-sgd", "kept-head")},
     "reduced-cpu": {True: ("full", "mixed"), False: ("fresh-head", "kept-head")},
 }
