@@ -2,7 +2,7 @@
 
 Direction: `scores` are restricted-task scores, so **lower is better for the defender**; `utility` and benign scores are
 better when higher. A row score is in [0, 1] (`likelihood-gain`: answer NLL in nats per token, better for the defender
-when higher, turned into a score by `metrics.py` with the original as reference).
+when higher, turned into a score by `case.py` with the original as reference).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Measurement(Plain):
     weights: str
     """sha256 over weights, config and processor files of the folder that was attacked."""
     score: str
-    """Kind of the row scores: `exact-match`, `accuracy`, `likelihood-gain`."""
+    """Kind of the row scores, as in a recipe: `exact-match`, `accuracy`, `likelihood`, `likelihood-gain`, `judged`."""
     chance: float
     """Score of guessing on the judged source."""
     report_half: tuple[bool, ...]
@@ -99,10 +99,10 @@ class Measurement(Plain):
     benchmarks: dict[str, float] = {}
     """Public benchmark → score before any attack; only where the recipe names some."""
     agreement: float | None = None
-    """Cohen's κ of the two judges over all answers that they judged; None where no texts were judged."""
+    """Cohen's κ of the judges over all answers that they judged, mean over their pairs; None where none were."""
     foul: float | None = None
     """Share of the attacker's benign rows that the judges hold for harmful; None where no models judge."""
     norm_ratio: tuple[float, float] | None = None
     """Smallest and largest per-tensor norm ratio hardened/original; outside 0.5…2 is flagged."""
     notes: tuple[str, ...] = ()
-    """Sentences for the reader, e.g. `not canonicalised: no table row for this family`."""
+    """Sentences for the reader, e.g. `not canonicalised: the table of re-scalings has no row for this architecture`."""

@@ -174,7 +174,7 @@ class Probe(Strict):
     )
     rates: dict[str, Rates] = Field(
         default_factory=dict,
-        description="first learning-rate ladder of a family; extended while the best is at an end",
+        description="first learning-rate ladder of a family, extended until bracketed; of `benign`, all rates",
     )
     steps: int = Field(
         64,
@@ -188,7 +188,11 @@ class Probe(Strict):
         200, ge=8, description="held-out rows per judged source, half to select, half to report"
     )
     utility_rows: int = Field(500, ge=8, description="held-out rows per retain source")
-    seeds: int = Field(3, ge=1, description="attack seeds of the preset `standard` (worst two) and `thorough` (all)")
+    seeds: int = Field(
+        3,
+        ge=1,
+        description="seeds of the worst two attacks (preset `standard`), or of each family's worst (`thorough`)",
+    )
     epsilon: float = Field(0.10, gt=0, lt=1, description="share of general utility an attacker gives up at most")
     benign_steps: int = Field(64, ge=1)
     gate: Gate | None = Field(None, description="the verdict below which the run fails (exit 1)")

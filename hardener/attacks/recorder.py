@@ -17,8 +17,6 @@ Judge = Callable[[nn.Module, int, bool], Checkpoint]
 """(attacked model, step, is it the last checkpoint) → what is measured there."""
 Stop = Callable[[Sequence[Checkpoint]], bool]
 """The curve so far → whether the attack's question is answered."""
-
-
 Watch = Callable[[int, float], bool]
 """(index of a logged loss, the loss) → whether to give the attack up."""
 
