@@ -202,7 +202,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_lines(write: Any) -> 
         "13: train.steps: should be a whole number, not 'ten'",
         "15: train.lrr: unknown key; did you mean train.lr?",
         "16: train.lrr: written twice, first on line 15",
-        "--set probe.preset=fast: probe.preset: should be 'quick', 'standard' or 'thorough', not 'fast'",
+        "--set probe.preset=fast: probe.preset: should be 'reduced-cpu', 'quick', 'standard' or 'thorough', not 'fast'",
     ]
 
 
