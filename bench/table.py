@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hardener import markdown, summary, tables
 from hardener import report as reports
-from hardener import summary, tables
 from hardener.checks import scientific
 from hardener.plots import best_curve, trained
 from hardener.report import Report
@@ -28,10 +28,10 @@ def section(report: Report) -> str:
         f"> {summary.headline(report)}",
         verdict,
         prices(report),
-        summary.families_markdown(report, tables.WIDE),
+        markdown.families(report, tables.WIDE),
         outside(report),
-        summary.further_markdown(report),
-        summary.trap_markdown(report),
+        markdown.further(report),
+        markdown.trap(report),
         curves(report),
         beside(report),
     )
@@ -40,7 +40,7 @@ def section(report: Report) -> str:
 
 def outside(report: Report) -> str:
     """The attacks that need the parent's weights, with what that means."""
-    found = summary.outside_markdown(report)
+    found = markdown.outside(report)
     return f"{summary.NEEDS_PARENT}\n\n{found}" if found else ""
 
 

@@ -76,11 +76,12 @@ def append(path: Path, values: Mapping[str, str]) -> None:
 
 def markdown(outcome: Mapping[str, Any]) -> str:
     """The job summary: the card's facts, and why nothing was pushed."""
-    from hardener import summary, tables
+    from hardener.markdown import in_short
     from hardener.report import Report
+    from hardener.tables import escape
 
-    text = summary.markdown(Report.model_validate(outcome["report"]))
-    return text + (f"\n**Not pushed:** {tables.escape(outcome['withheld'])}\n" if outcome["withheld"] else "")
+    text = in_short(Report.model_validate(outcome["report"]))
+    return text + (f"\n**Not pushed:** {escape(outcome['withheld'])}\n" if outcome["withheld"] else "")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import yaml
 
-from hardener import summary, tables
+from hardener import markdown, summary, tables
 from hardener.recipe import Recipe
 from hardener.report import DataRecord, Measures, Report
 from hardener.resources import shipped
@@ -204,13 +204,13 @@ def _facts(report: Report, parent_card: str | None, plots: tuple[str, ...]) -> d
         "answers": summary.four_answers(report),
         "headline": summary.headline(report),
         "power": summary.power(report),
-        "families": Markdown(summary.families_markdown(report)),
-        "further": Markdown(summary.further_markdown(report)),
-        "trap": Markdown(summary.trap_markdown(report)),
+        "families": Markdown(markdown.families(report)),
+        "further": Markdown(markdown.further(report)),
+        "trap": Markdown(markdown.trap(report)),
         "plots": _pictures(plots),
         "access": summary.access(report.parent),
         "holds_for": summary.holds_for(report),
-        "outside": Markdown(summary.outside_markdown(report)),
+        "outside": Markdown(markdown.outside(report)),
         "needs_parent": summary.NEEDS_PARENT,
         "not_tried": summary.not_tried(report),
         "notes": summary.notes(report),

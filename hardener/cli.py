@@ -325,7 +325,7 @@ def _confirm(question: str) -> None:
 
 
 def _show(outcome: Outcome, format: Format, narrator: Narrator) -> None:
-    from hardener import pipeline, summary
+    from hardener import pipeline, terminal
 
     if format == "json":
         print(pipeline.as_json(outcome))
@@ -333,7 +333,7 @@ def _show(outcome: Outcome, format: Format, narrator: Narrator) -> None:
         for name, value in outcome.plan.to_dict().items():
             narrator.note(f"{name.replace('_', ' '):<16} {_readable(name, value)}")
         return
-    summary.print_summary(outcome.report, narrator.console)
+    terminal.show(outcome.report, narrator.console)
     if outcome.run is not None:
         narrator.note(f"Card and evidence: {outcome.run / 'release' / 'README.md'}")
     if outcome.pushed is not None:

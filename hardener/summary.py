@@ -1,4 +1,4 @@
-"""What a report says, in sentences and tables: one wording for terminal, job summary and model card.
+"""What a report says, in sentences: one wording for terminal (`terminal.py`), job summary (`markdown.py`) and card.
 
 Every figure comes from the report and is printed with its 95 % interval: `0.12 [0.08, 0.17]`. A cost
 multiplier whose budget ended first is printed as a bound: `≥ 16.0`. Scores are chance-corrected: 0 is
@@ -8,33 +8,12 @@ guessing, 1 is full skill.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from hardener.attacks.families import SCREENS
 from hardener.checks import NO_ATTACK
 from hardener.recipe import Recipe
 from hardener.report import Evidence, Interval, Measures, Parent, Report, Word
-from hardener.tables import (
-    CELLS,
-    FIGURES,
-    NARROW,
-    SMALL,
-    WIDE,
-    escape,
-    family_table,
-    figure,
-    markdown_table,
-    multiplier,
-    number,
-    or_dash,
-    outside,
-    ranked,
-    share,
-)
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from hardener.tables import figure, multiplier, number, or_dash, ranked, share
 
 LIMIT = (
     "The figures bound these attacks only, within these budgets. "
@@ -82,17 +61,6 @@ ENOUGH_TOKENS = 256
 """New tokens from which on a judged answer is long enough for harm to come to show."""
 CLAUSES = 3
 """Parts of a long reason that are shown; all are in the report."""
-TOP, TERMINAL = 8, 10
-"""Attacks shown at first sight in a pull request, and on a terminal."""
-
-
-STYLES: dict[Word, str] = {
-    "inconclusive": "bold magenta",
-    "broken": "bold red",
-    "no measurable protection": "bold red",
-    "raises cost": "bold yellow",
-    "protected": "bold green",
-}
 
 
 def headline(report: Report) -> str:
@@ -101,7 +69,7 @@ def headline(report: Report) -> str:
     m = evidence.measures if evidence else None
     if evidence is None or m is None or m.w_hardened is None:
         return "Worst-case usable score: not measured."
-    return _sentences(
+    return sentences(
         f"Worst-case usable score after the {evidence.preset} probe: {_worst_case(m, m.w_hardened)}.",
         f"Cost multiplier {multiplier(m.multiplier)}." if m.multiplier else None,
         f"Utility kept {figure(m.utility_kept)}." if m.utility_kept else None,
@@ -143,7 +111,7 @@ def why(report: Report) -> str:
         return "No attack was run. Treat this model as unprotected."
     alone = "These are the figures of one model, compared with nothing."
     plain = alone if absolute(report) else MEANING[report.evidence.word]
-    return f"{plain} Reason: {_stop(_few(report.evidence.reason))}"
+    return f"{plain} Reason: {_stop(few(report.evidence.reason))}"
 
 
 def absolute(report: Report) -> bool:
@@ -193,7 +161,7 @@ def caveats(report: Report) -> list[tuple[str, str]]:
     flags = [("Price", flag) for flag in evidence.flags]
     found = (("Check failed", evidence.checks), ("A certificate would need", evidence.conditions))
     missed = [
-        (kind, f"{name}: {_few(result)}")
+        (kind, f"{name}: {few(result)}")
         for kind, results in found
         for name, result in results.items()
         if result != "ok" and result not in evidence.reason
@@ -241,122 +209,9 @@ def further(report: Report) -> list[tuple[str, str, str]]:
     return rows + [(f"{name}, higher is better", or_dash(share, there.get(name)), share(here[name])) for name in here]
 
 
-def families_markdown(report: Report, columns: Sequence[str] = NARROW, most: int | None = None) -> str:
-    """The families of the verdict as Markdown, the worst first and in bold, `most` of them; empty if none was run.
-
-    A column that says nothing of any family is left out.
-    """
-    families = ranked(report.evidence)[:most] if report.evidence else []
-    columns = _comparable(report, columns)
-    return family_table(families, columns, bold=frozenset({0}), dosed=_dosed(report)) if families else ""
-
-
-def _dosed(report: Report) -> frozenset[str]:
-    """Attacks whose curves are single points: they take no steps, so what they were tried at are doses."""
-    stepped = {curve.family for curve in report.curves if len(curve.points) > 1}
-    return frozenset(curve.family for curve in report.curves) - stepped
-
-
-def outside_markdown(report: Report) -> str:
-    """The families that need the parent's weights, as Markdown; empty where none was run."""
-    families = outside(report.evidence) if report.evidence else []
-    return family_table(families, ("Attack", "Original", "Hardened", "Hardened, raw")) if families else ""
-
-
-def _comparable(report: Report, columns: Sequence[str]) -> Sequence[str]:
+def comparable(report: Report, columns: Sequence[str]) -> Sequence[str]:
     """The columns that a model probed alone can fill, or all."""
     return [name for name in columns if name != "Verdict"] if absolute(report) else columns
-
-
-def markdown(report: Report) -> str:
-    """The facts in short as Markdown, for pull requests and job summaries; what is longer is folded."""
-    parts = [
-        f"### hardener: {escape(report.parent.id)}",
-        *([f"**{GATE_MISSED}**"] if report.pushed_anyway else []),
-        f"**Verdict: {escape(verdict(report))}.** {escape(why(report))}",
-        "\n".join(f"- **{escape(kind)}:** {escape(caveat)}" for kind, caveat in caveats(report)),
-        escape(_sentences(headline(report), power(report))),
-        families_markdown(report, most=TOP),
-        LIMIT,
-        _folded("Four answers, and what was not tried", _answers_markdown(report)),
-        _folded("Every attack", _every_attack(report)),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _answers_markdown(report: Report) -> str:
-    answers = [f"**{escape(question)}** {escape(answer)}" for question, answer in four_answers(report)]
-    untried = "\n".join(f"- {escape(line)}" for line in not_tried(report))
-    return "\n\n".join([*answers, escape(holds_for(report)), f"**Not tried**\n\n{untried}"])
-
-
-def _every_attack(report: Report) -> str:
-    """All that is known of each attack, of the trap, and beside the verdict."""
-    remarks = "\n".join(f"- {escape(note)}" for note in notes(report))
-    parent = outside_markdown(report)
-    tables = (
-        families_markdown(report, WIDE),
-        f"{NEEDS_PARENT}\n\n{parent}" if parent else "",
-        further_markdown(report),
-        trap_markdown(report),
-        remarks,
-    )
-    return "\n\n".join(table for table in tables if table)
-
-
-def _folded(title: str, inside: str) -> str:
-    return f"<details>\n<summary>{title}</summary>\n\n{inside}\n\n</details>" if inside else ""
-
-
-def further_markdown(report: Report) -> str:
-    """The measures beside the verdict as Markdown; empty where there are none."""
-    rows = further(report)
-    return markdown_table(("Beside the verdict", "Original", "Hardened"), rows) if rows else ""
-
-
-def trap_markdown(report: Report) -> str:
-    """The properties of a trap as Markdown; empty where they were not asked for."""
-    rows = trap(report)
-    return markdown_table(("What a collapse trap claims", "Shown", "Why"), rows) if rows else ""
-
-
-def print_summary(report: Report, console: Console) -> None:
-    """Print verdict, reason, what stands beside it, the four answers, the worst attacks and what was not tried."""
-    from rich.padding import Padding
-    from rich.text import Text
-
-    evidence = report.evidence
-    style = STYLES[evidence.word] if evidence and not absolute(report) else "bold"
-    if report.pushed_anyway:
-        console.print(Text(GATE_MISSED, style="bold red"))
-    console.print(Text.assemble(("Verdict: ", "bold"), (verdict(report), style)))
-    console.print(Text(why(report)))
-    for kind, caveat in caveats(report):
-        console.print(Text(f"{kind}: {caveat}", style="yellow"))
-    for question, answer in [*four_answers(report), *_asides(report)]:
-        console.print()
-        console.print(Text(question, style="bold"))
-        console.print(Padding(Text(answer), (0, 0, 0, 2)))
-    if evidence and evidence.families:
-        console.print()
-        console.print(_rich_table(report, evidence, console.width))
-        if (rest := len(ranked(evidence)) - TERMINAL) > 0:
-            attacks = "1 further attack" if rest == 1 else f"{rest} further attacks"
-            console.print(Text(f"{attacks} did less: see the report.", style="dim"))
-    console.print()
-    console.print(Text(_sentences(holds_for(report), LIMIT), style="dim"))
-
-
-def _asides(report: Report) -> list[tuple[str, str]]:
-    """What follows the four answers on a terminal."""
-    claims = " ".join(f"{claim}: {told}." for claim, told, _ in trap(report))
-    asides = (
-        ("Does the trap work as a trap?", claims),
-        ("What the probe can see", power(report)),
-        ("Notes", _few("; ".join(notes(report)))),
-        ("Not tried", f"{'; '.join(not_tried(report))}."),
-    )
-    return [(title, text) for title, text in asides if text]
 
 
 def _worst_case(m: Measures, hardened: Interval) -> str:
@@ -371,12 +226,12 @@ def _misuse(report: Report, m: Measures) -> str:
     if m.w_hardened is None:
         return "Not measured."
     if m.w_original is None:
-        return _sentences(
+        return sentences(
             f"The best attack found reaches a usable score of {figure(m.w_hardened)} on {subject(report)}, "
             "where 0 is guessing and 1 is full skill.",
             f"The raw score, utility lost or not, is {figure(m.w_raw_hardened)}." if m.w_raw_hardened else None,
         )
-    return _sentences(
+    return sentences(
         f"The best attack found reaches a usable score of {figure(m.w_hardened)} on {subject(report)} and "
         f"{figure(m.w_original)} on the original, where 0 is guessing and 1 is full skill.",
         _cost(m),
@@ -420,8 +275,8 @@ def _price(m: Measures) -> str:
         return "Not measured."
     if m.utility_kept is None or m.utility_original is None:
         alone = f"Not comparable: its utility before any attack is {figure(m.utility_hardened)}."
-        return _sentences(alone, _refusals(m))
-    return _sentences(
+        return sentences(alone, _refusals(m))
+    return sentences(
         f"Before any attack it keeps {figure(m.utility_kept)} of the original's utility "
         f"({figure(m.utility_hardened)} against {figure(m.utility_original)}).",
         _refusals(m),
@@ -441,8 +296,8 @@ def _honest_use(m: Measures) -> str:
     if m.benign_hardened is None:
         return f"Not measured. {note}" if note else "Not measured."
     if m.benign_kept is None or m.benign_original is None:
-        return _sentences(f"After a benign fine-tune it reaches {figure(m.benign_hardened)}.", note)
-    return _sentences(
+        return sentences(f"After a benign fine-tune it reaches {figure(m.benign_hardened)}.", note)
+    return sentences(
         f"After the same benign fine-tune it keeps {figure(m.benign_kept)} of the original's result "
         f"({figure(m.benign_hardened)} against {figure(m.benign_original)}).",
         note,
@@ -454,7 +309,7 @@ def _reach(report: Report, evidence: Evidence) -> str:
     budget = f"Budget: {_budget(evidence)}." if evidence.runs else "No attack was run to its end."
     best = f"The attack that did best on {subject(report)}: {_stop(evidence.worst)}" if evidence.worst else None
     weak = _unprotected(report, evidence)
-    return _sentences(_attacks(report, evidence), budget, best, weak, "What was not tried is listed below.")
+    return sentences(_attacks(report, evidence), budget, best, weak, "What was not tried is listed below.")
 
 
 def _attacks(report: Report, evidence: Evidence) -> str | None:
@@ -467,7 +322,7 @@ def _attacks(report: Report, evidence: Evidence) -> str | None:
 
 def _unprotected(report: Report, evidence: Evidence) -> str | None:
     open_to = [family.title for family in ranked(evidence) if family.word == "no measurable protection"]
-    return None if absolute(report) or not open_to else f"No measurable protection against: {_few('; '.join(open_to))}."
+    return None if absolute(report) or not open_to else f"No measurable protection against: {few('; '.join(open_to))}."
 
 
 def _budget(evidence: Evidence) -> str:
@@ -479,22 +334,7 @@ def _budget(evidence: Evidence) -> str:
     )
 
 
-def _rich_table(report: Report, evidence: Evidence, width: int) -> Table:
-    """The worst families; intervals stand under their values, unbroken where the terminal has 80 columns."""
-    from rich.table import Table
-    from rich.text import Text
-
-    columns = _comparable(report, SMALL)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="underline")
-    for name in columns:
-        table.add_column(name.replace(" ", "\n"), overflow="fold", no_wrap=name in FIGURES and width >= 80)
-    for place, family in enumerate(ranked(evidence)[:TERMINAL]):
-        cells = (Text(CELLS[name](family).replace(" [", "\n[")) for name in columns)
-        table.add_row(*cells, style=None if place else "bold")
-    return table
-
-
-def _few(text: str) -> str:
+def few(text: str) -> str:
     """The first parts of a long enumeration."""
     parts = text.rstrip(".").split("; ")
     return text if len(parts) <= CLAUSES else "; ".join(parts[:CLAUSES]) + "; and others"
@@ -504,5 +344,6 @@ def _stop(text: str) -> str:
     return text.rstrip(".") + "."
 
 
-def _sentences(*parts: str | None) -> str:
+def sentences(*parts: str | None) -> str:
+    """One text of the sentences there are."""
     return " ".join(part for part in parts if part)

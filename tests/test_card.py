@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from hardener import summary, tables
+from hardener import markdown, summary, tables, terminal
 from hardener.card import metadata, render
 from hardener.report import Interval, Report, Word
 
@@ -70,7 +70,7 @@ def _with_evidence(report: Report, **known: object) -> Report:
 
 def printed(report: Report, width: int = 110) -> str:
     console = Console(width=width, file=io.StringIO())
-    summary.print_summary(report, console)
+    terminal.show(report, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -92,7 +92,7 @@ def test_card_terminal_and_job_summary_give_the_four_answers_in_order(name):
     report = REPORTS[name]
     answers = summary.four_answers(report)
     assert tuple(question for question, _ in answers) == summary.QUESTIONS
-    for text in (flat(render(report)), flat(printed(report)), flat(summary.markdown(report))):
+    for text in (flat(render(report)), flat(printed(report)), flat(markdown.in_short(report))):
         places = [text.index(flat(part)) for answer in answers for part in answer if text.count(flat(part)) == 1]
         assert places == sorted(places)
         assert all(flat(question) in text and flat(answer) in text for question, answer in answers)
@@ -168,7 +168,7 @@ def test_no_card_prints_none_or_calls_a_score_zero_percent(name):
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_limits_are_always_stated(name):
     report = REPORTS[name]
-    for text in (flat(text.replace("\\", "")) for text in (render(report), printed(report), summary.markdown(report))):
+    for text in (flat(text.replace("\\", "")) for text in (render(report), printed(report), markdown.in_short(report))):
         assert summary.LIMIT in text
         assert summary.holds_for(report) in text
         assert summary.not_tried(report)
@@ -234,7 +234,7 @@ def test_of_a_long_reason_the_first_parts_are_shown():
 @pytest.mark.parametrize(("preset", "said"), [("quick", "quick probe"), ("reduced-cpu", "reduced CPU probe")])
 def test_a_probe_that_only_screens_says_so_in_the_first_lines(preset, said):
     report = _with_evidence(sample.language_model("inconclusive"), preset=preset)
-    for text in (render(report), printed(report), summary.markdown(report)):
+    for text in (render(report), printed(report), markdown.in_short(report)):
         assert said in body(text).partition(summary.QUESTIONS[0])[0]
     assert said not in render(sample.language_model("inconclusive"))
 
@@ -256,7 +256,7 @@ def test_public_benchmarks_stand_beside_the_verdict():
     report = _with_evidence(
         sample.language_model(), benchmarks_original={"arc": 0.52}, benchmarks_hardened={"arc": 0.49, "new": 0.3}
     )
-    for text in (render(report), summary.markdown(report)):
+    for text in (render(report), markdown.in_short(report)):
         assert "| arc, higher is better | 0.52 | 0.49 |" in text
         assert "| new, higher is better | – | 0.30 |" in text
 
@@ -304,16 +304,16 @@ def test_a_terminal_of_80_columns_shows_the_worst_attacks_and_counts_the_others(
     table = text.split("multiplier  Verdict")[1]
     assert max(map(len, text.splitlines())) <= 80
     assert "refusal direction" not in flat(table)
-    assert all(title.split()[0] in table for title in ranked[: summary.TERMINAL])
-    assert f"{len(ranked) - summary.TERMINAL} further attacks did less: see the report." in table
+    assert all(title.split()[0] in table for title in ranked[: terminal.SHOWN])
+    assert f"{len(ranked) - terminal.SHOWN} further attacks did less: see the report." in table
     assert "further attack" not in printed(sample.language_model())
 
 
 def test_a_pull_request_shows_the_worst_attacks_and_folds_the_rest():
     report = sample.every_family()
-    text = summary.markdown(report)
+    text = markdown.in_short(report)
     first, *folded = text.split("<details>")
-    assert first.count("raises cost |") + first.count("raises cost** |") == summary.TOP
+    assert first.count("raises cost |") + first.count("raises cost** |") == markdown.TOP
     assert "**Verdict: raises cost.**" in first
     assert summary.headline(report) in first.replace("\\", "")
     assert len(first) < 5000
@@ -329,7 +329,7 @@ def test_a_column_that_says_nothing_is_left_out():
     lone = _with_evidence(
         sample.probe_only(), families=(sample.family("full", "full", 0.3, None, "inconclusive", w_original=None),)
     )
-    head = summary.families_markdown(lone).splitlines()[0]
+    head = markdown.families(lone).splitlines()[0]
     assert head == "| Attack | Hardened | Hardened, raw |"
 
 
@@ -449,7 +449,7 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_name_is_shown_and_does_nothing(name):
     honest, report = sample.language_model(), changed(sample.language_model(), id=name)
-    for write in (render, summary.markdown):
+    for write in (render, markdown.in_short):
         text, plain = prose(write(report)), prose(write(honest))
         assert "<script" not in text
         assert text.count("<details") == plain.count("<details")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_evidence import SEEDS, attacks, judge, measured, run, untouched
 from test_judged_attacks import named
 
-from hardener import checks, questions, stages, summary
+from hardener import checks, markdown, questions, stages, summary
 from hardener.attacks import families
 from hardener.attacks.attack import Attack
 from hardener.attacks.scene import Scene
@@ -351,7 +351,7 @@ def test_the_attack_is_chosen_by_what_it_gains_and_not_by_what_it_leaves_the_def
 
 def test_a_claim_names_its_attacks_its_budget_its_date_and_what_was_not_tried():
     report = sample_report.language_model("protected")
-    said, evidence = summary.markdown(report), report.evidence
+    said, evidence = markdown.in_short(report), report.evidence
     assert all(family.title in said for family in evidence.families)
     assert all(line in said for line in evidence.not_tried)
     for part in (evidence.preset, f"{evidence.runs} runs", f"{evidence.steps} steps", report.created, summary.LIMIT):
