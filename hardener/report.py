@@ -9,20 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hardener.errors import UsageError
+from hardener.measurement import Plain
 
 SCHEMA_VERSION = 2
 
 Word = Literal["inconclusive", "broken", "no measurable protection", "raises cost", "protected"]
 """The verdict, worst first where it is a certificate at all; see `verdict.py`."""
-
-
-class Plain(BaseModel):
-    """Frozen, exact data."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Interval(Plain):
