@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -146,17 +144,6 @@ def fingerprint(folder: Path) -> str:
     for name in names:
         digest.update(f"{files.sha256(folder / name)}  {name}\n".encode())
     return digest.hexdigest()
-
-
-def dtype_of(folder: Path) -> str:
-    """Most frequent dtype of the weights by number of elements, as torch names it."""
-    count: Counter[str] = Counter()
-    for shard in weight_files(folder):
-        with safe_open(shard, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                part = tensors.get_slice(name)
-                count[part.get_dtype()] += torch.Size(part.get_shape()).numel()
-    return count.most_common(1)[0][0]
 
 
 class _Tensors:
