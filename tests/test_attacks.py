@@ -481,6 +481,13 @@ def test_retain_then_harm_trains_on_benign_rows_for_two_fifths_of_its_steps(lm):
     assert made(families.RETAIN_THEN_HARM, steps=12).points == [1, 2, 3, 4, 5, 6, 8, 12]  # 5: where a phase ends
 
 
+def test_a_longer_budget_does_not_put_off_the_harm():
+    """Else the hardened model, attacked for longer, would seem to cost more by the longer wait alone."""
+    planned = replace(families.RETAIN_THEN_HARM, planned=64)
+    for steps in (64, 256):
+        assert [end for _, end in made(planned, steps=steps).stretches] == [26, steps]
+
+
 def test_harm_then_repair_ends_with_twenty_steps_on_fifty_benign_rows(lm):
     seen, benign, run = batches(lm, families.REPAIR, 5)
     assert [[key in benign for key in batch] for batch in seen] == [[False] * 8] * 5 + [[True] * 8] * 20

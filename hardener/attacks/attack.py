@@ -34,13 +34,12 @@ class Attack:
     @property
     def stretches(self) -> list[tuple[Phase, int]]:
         """Each phase with the step at which it ends."""
-        shared = sum(phase.share for phase in self.family.phases if not phase.extra)
         ends: list[tuple[Phase, int]] = []
-        done, part = 0, 0.0
         for phase in self.family.phases:
-            part += 0.0 if phase.extra else phase.share
-            done = done + phase.extra if phase.extra else round(self.steps * part / shared)
-            ends.append((phase, done))
+            begun = ends[-1][1] if ends else 0
+            main = begun + phase.extra if phase.extra else self.steps
+            lead = round((self.family.planned or self.steps) * phase.lead)
+            ends.append((phase, begun + lead if phase.lead else main))
         return ends
 
     @property

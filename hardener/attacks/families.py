@@ -22,10 +22,10 @@ class Phase:
 
     harm: float = 1.0
     """Probability that a drawn row is restricted; the others are benign."""
-    share: float = 1.0
-    """Share of the attack's steps."""
+    lead: float = 0.0
+    """Of a phase before the main one: its length as a share of the planned steps, however long the budget becomes."""
     extra: int = 0
-    """Instead of a share: so many steps beyond the budget."""
+    """Of a phase after the main one: so many steps beyond the budget."""
     rows: int = 0
     """Benign rows at hand; 0: all."""
 
@@ -66,6 +66,8 @@ class Family:
     """Share of the attacker's restricted rows that it has."""
     steps: int = 0
     """Budget of each attack in optimizer steps; set by the probe."""
+    planned: int = 0
+    """Steps that the recipe plans for an attack, before budgets are made longer; set by the probe."""
 
     @property
     def trains(self) -> bool:
@@ -94,7 +96,7 @@ KL = Family(
 COSINE = Family("warm-up-cosine", "warm-up and cosine schedule", True, follows="full", schedule="cosine")
 TEMPLATE = Family("second-template", "second prompt template", True, follows="full", asked="template")
 RETAIN_THEN_HARM = Family(
-    "retain-then-harm", "benign rows first, then harm", True, follows="full", phases=(Phase(0.0, 0.4), Phase(1.0, 0.6))
+    "retain-then-harm", "benign rows first, then harm", True, follows="full", phases=(Phase(0.0, lead=0.4), Phase())
 )
 REPAIR = Family(
     "harm-then-repair",
