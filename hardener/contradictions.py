@@ -27,7 +27,7 @@ SCORES: dict[str, tuple[str, ...]] = {
 NEEDED_USES: dict[Role, tuple[Use, ...]] = {
     "restricted": ("defence", "attack", "evaluation"),
     "alignment": ("defence",),
-    "retain": ("defence", "evaluation"),
+    "retain": ("defence", "attack", "evaluation"),  # attackers mix benign rows in
     "benign": ("attack", "evaluation"),
     "harmless": ("evaluation",),
 }
@@ -136,10 +136,10 @@ def _probe(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(place, f"{family} is named twice")
         elif not _fits(family, recipe):
             yield Problem(place, f"{family} does not attack {recipe.task} under the preset {probe.preset}")
-    for family in probe.rates:
-        if family not in {*families, "benign"}:
-            text = f"no attack family is called {family!r}; {nearest(family, {*families, 'benign'})}"
-            yield Problem(("probe", "rates", family), text)
+        elif missing := _leader(family, recipe):
+            text = f"{family} is tried at the best rate of {missing}: name that too, or set probe.rates.{family}"
+            yield Problem(place, text)
+    yield from _rates(recipe, {*families, "benign"})
     if probe.gate and probe.preset in SCREENS:
         yield Problem(
             ("probe", "gate"), f"the preset {probe.preset} never certifies; a gate needs standard or thorough"
@@ -148,6 +148,28 @@ def _probe(recipe: Recipe) -> Iterator[Problem]:
     if probe.max_steps < probe.steps:
         text = f"max_steps ({probe.max_steps}) is less than steps ({probe.steps})"
         yield Problem(("probe", "max_steps"), text)
+
+
+def _leader(family: str, recipe: Recipe) -> str:
+    """The family that one follows, where it has no rates of its own and that one is not named; else empty."""
+    if family in recipe.probe.rates:
+        return ""
+    leader: str = registry.find("attacks", family).follows
+    return "" if leader in (recipe.probe.families or ()) else leader
+
+
+def _rates(recipe: Recipe, known: set[str]) -> Iterator[Problem]:
+    """Ladders that no attack would climb."""
+    for name in recipe.probe.rates:
+        place = ("probe", "rates", name)
+        if name not in known:
+            yield Problem(place, f"no attack family is called {name!r}; {nearest(name, known)}")
+        elif name == "benign" or recipe.task not in FIELDS:
+            continue
+        elif (family := registry.find("attacks", name)).doses:
+            yield Problem(place, f"{name} does not train, so it has no learning rates")
+        elif family.generative != (recipe.task == "causal-lm"):
+            yield Problem(place, f"{name} does not attack {recipe.task}")
 
 
 def _judges(recipe: Recipe) -> Iterator[Problem]:

@@ -79,11 +79,23 @@ def known(kind: Kind) -> dict[str, str]:
 
 
 def find(kind: Kind, name: str) -> Any:
-    """Import the member `name`. Raises RecipeError naming the nearest known name."""
+    """Import the member `name`.
+
+    Raises RecipeError naming the nearest known name, or saying what is wrong with a third party's.
+    """
     table = known(kind)
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RecipeError(f"no {kind[:-1]} is called {name!r}{hint or '.'} Known: {', '.join(sorted(table))}")
     module, _, attribute = table[name].partition(":")
-    return getattr(import_module(module), attribute)
+    if name in BUILT_IN[kind]:
+        return getattr(import_module(module), attribute)
+    installed = f"the {kind[:-1]} {name!r} of an installed package, {table[name]},"
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"{installed} cannot be imported: {error}; mend or uninstall that package") from error
+    if kind == "attacks" and getattr(found, "name", None) != name:
+        raise RecipeError(f"{installed} is no attack family of that name; mend or uninstall that package")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,10 @@ def test_an_unknown_name_gets_the_nearest_shipped_one(tmp_path: Path) -> None:
             ["probe.families=[relative]", "probe.preset=quick"],
             "probe.families.0: relative does not attack causal-lm under the preset quick",
         ),
+        (["probe.families=[mixed]"], "probe.families.0: mixed is tried at the best rate of full: name that too"),
+        (["probe.rates.prefilled=[0.1]"], "probe.rates.prefilled: prefilled does not train, so it has no learning"),
+        (["probe.rates.kept-head=[0.1]"], "probe.rates.kept-head: kept-head does not attack causal-lm"),
+        (["data.retain.0.uses=[defence, evaluation]"], "data.retain: no source serves the use attack"),
         (["data.retain.columns={text: '{a'}"], "data.retain.0.columns.text: '{a' is no template: expected '}'"),
         (["data.retain.columns={text: '{}'}"], "data.retain.0.columns.text: '{}' is no template: between braces"),
         (["data.retain.columns={text: '{a!r}'}"], "data.retain.0.columns.text: '{a!r}' is no template: between"),
@@ -307,6 +312,33 @@ def test_a_defence_that_is_installed_beside_is_accepted_with_its_own_settings(
     defense = recipe_file.load(path).defense
     assert defense is not None
     assert defense.settings == {"depth": 3}
+
+
+def test_a_follower_with_rates_of_its_own_needs_no_leader(write: Any) -> None:
+    loaded = recipe_file.load(write(VALID), ["probe.families=[mixed]", "probe.rates.mixed=[0.001]"])
+    assert loaded.probe.families == ("mixed",)
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        ("raise ImportError('it needs torch 1.0')", "cannot be imported: it needs torch 1.0; mend or uninstall"),
+        ("OTHER = 1", "cannot be imported: module 'knock' has no attribute 'KNOCK'"),
+        ("from hardener.attacks.families import FULL as KNOCK", "is no attack family of that name"),
+    ],
+)
+def test_an_attack_of_another_package_that_is_none_is_told(
+    write: Any, tmp_path: Path, monkeypatch: Any, module: str, told: str
+) -> None:
+    info = tmp_path / "knock-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: knock\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hardener.attacks]\nknock = knock:KNOCK\n")
+    (tmp_path / "knock.py").write_text(module + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "knock", raising=False)
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        recipe_file.load(write(VALID), ["probe.families=[knock]"])
 
 
 # --- overrides --------------------------------------------------------------------------------------------
