@@ -84,16 +84,14 @@ def _trial(
 ) -> Run:
     """One trial, from the suggestion to what it was worth."""
     trial = study.ask(space)
-    pruned = False
+    attack = _attack(first, trial.params)
 
     def watch(index: int, loss: float) -> bool:
-        nonlocal pruned
         trial.report(-loss, index)
-        pruned = trial.should_prune()
-        return pruned
+        return trial.should_prune()
 
-    run = make(_attack(first, trial.params), watch)
-    if pruned:
+    run = make(attack, watch)
+    if run.failed is None and not run.answered and run.curve[-1].step < attack.length:  # given up
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     else:
         study.tell(trial, worth(run))

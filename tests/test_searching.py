@@ -16,8 +16,8 @@ from hardener.searching import MORE, search
 FIRST = Attack(FULL, 1e-4, 0, 16, 16)
 
 
-def made(attack: Attack, value: float, losses: tuple[float, ...] = ()) -> Run:
-    curve = (Checkpoint(step=0, scores=(0.0,)), Checkpoint(step=16, scores=(value,)))
+def made(attack: Attack, value: float, losses: tuple[float, ...] = (), steps: int = 16) -> Run:
+    curve = (Checkpoint(step=0, scores=(0.0,)), Checkpoint(step=steps, scores=(value,)))
     return Run(family="full", rate=attack.rate, seed=0, curve=curve, train_loss=losses, setting=attack.setting)
 
 
@@ -42,7 +42,7 @@ def searched(value=narrow, losses=lambda attack: (1.0,) * 8, first=FIRST):
             shown.append(loss)
             if watch(index, loss):
                 break
-        return made(attack, value(attack), tuple(shown))
+        return made(attack, value(attack), tuple(shown), steps=2 * len(shown))
 
     ladder = [made(replace(first, rate=rate), value(replace(first, rate=rate))) for rate in (1e-4, 3e-4, 1e-3)]
     runs, values = search(ladder, first, worth, make)

@@ -50,11 +50,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         return sum(rate > 0.01 * highest for rate in self.rates) / len(self.rates) if self.rates else 1.0
 
     def judge_now(self, model: nn.Module, step: int) -> None:
-        """Add a checkpoint, or end the run as failed if the weights are not finite."""
+        """Add a checkpoint, or end the run as failed if weights or scores are not finite."""
         if not all(p.isfinite().all() for p in model.parameters()):
             self.failed = f"the attacked weights were not finite at step {step}"
             return
-        self.curve.append(self._judged(model, step, last=step == self.attack.length))
+        self._add(self._judged(model, step, last=step == self.attack.length))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Write down the rate that is about to be applied."""
@@ -82,14 +82,22 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             return
         self.losses.append(loss)
-        if step < self.attack.length and not self.answered and self._watch(len(self.losses) - 1, loss):
+        # The watch sees every loss, also one that comes too late: a finished run is shown to it again from the list.
+        given_up = self._watch(len(self.losses) - 1, loss)
+        if given_up and step < self.attack.length and not self.answered:
             self._end(model, step, control)
 
     def _end(self, model: nn.Module, step: int, control: Any) -> None:
         """Stop before the budget is spent; the checkpoint where it ends is a whole one."""
         self.curve = [point for point in self.curve if point.step < step]
-        self.curve.append(self._judged(model, step, last=True))
+        self._add(self._judged(model, step, last=True))
         control.should_training_stop = True
+
+    def _add(self, point: Checkpoint) -> None:
+        if all(map(math.isfinite, point.scores)):
+            self.curve.append(point)
+        else:
+            self.failed = f"the attacked model's scores were not finite at step {point.step}"
 
     def _judged(self, model: nn.Module, step: int, last: bool) -> Checkpoint:
         training = model.training
