@@ -10,19 +10,29 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import nn
 
 from hardener import files, registry
 from hardener.attacks.asked import plain
 from hardener.attacks.canonical import canonicalise, norm_ratio
 from hardener.attacks.families import SCREENS, Family
-from hardener.data import Slice, Streams
+from hardener.data import Slice, Streams, fraction
+from hardener.errors import DataError, UnsupportedModelError, UsageError
 from hardener.judges import Classifier, Panel
-from hardener.measurement import Measurement, Subject
+from hardener.measurement import Measurement, Run, Subject
 from hardener.recipe import Probe, Role
 from hardener.tasks.base import Example, Task
+from hardener.tasks.causal_lm import CausalLM
+
+Kind = TypeVar("Kind", Run, Measurement)
 
 HARMLESS_ROWS = 200
 """Harmless prompts on which refusals are counted."""
@@ -41,14 +51,17 @@ class Able:
     preferences: bool
     """Refusals are known, and the library for preference training is installed."""
 
-    def can(self, family: Family) -> bool:
-        """Whether the family applies."""
-        return not (
-            (family.edit == "canonical" and not self.canonical)
-            or (family.head == "kept" and not family.generative and not self.kept_head)
-            or (family.asked and not self.turns)
-            or (family.objective == "dpo" and not self.preferences)
-        )
+    def lacks(self, family: Family) -> str:
+        """Why the family does not apply; empty where it does."""
+        if family.edit == "canonical" and not self.canonical:
+            return "no re-scaling that hardener knows leaves the outputs of this model as they are"
+        if family.head == "kept" and not family.generative and not self.kept_head:
+            return "the model's head has fewer outputs than data.restricted has classes"
+        if family.asked and not self.turns:
+            return "no judged row has a question that could be asked in another way"
+        if family.objective == "dpo" and not self.preferences:
+            return "it needs questions, 1 to 20 refusals (data.alignment), and trl: pip install 'hardener[dpo]'"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -73,12 +86,7 @@ class Bench:
     @cached_property
     def beside(self) -> tuple[Slice, ...]:
         """Held-out rows of further restricted sources: reported, not judged."""
-        limit = self.probe.evaluation_rows
-        return tuple(
-            replace(s, examples=s.examples[:limit])
-            for s in self.streams.of("restricted", "evaluation")[1:]
-            if s.examples
-        )
+        return self._tasks(self.streams.of("restricted", "evaluation")[1:])
 
     @cached_property
     def utility(self) -> tuple[Slice, ...]:
@@ -91,16 +99,28 @@ class Bench:
     @cached_property
     def benign(self) -> tuple[Slice, ...]:
         """Held-out rows of each benign task."""
-        limit = self.probe.evaluation_rows
-        return tuple(
-            replace(s, examples=s.examples[:limit]) for s in self.streams.of("benign", "evaluation") if s.examples
-        )
+        return self._tasks(self.streams.of("benign", "evaluation"))
 
     @cached_property
     def harmless(self) -> tuple[Example, ...]:
         """Held-out harmless prompts, on which a refusal is one too many."""
         named = self.streams.rows("harmless", "evaluation") or self.streams.rows("retain", "evaluation")
         return tuple(filter(plain, named))[:HARMLESS_ROWS]
+
+    @cached_property
+    def report_half(self) -> tuple[bool, ...]:
+        """Whether each judged row is one to report on; the others select the attack. (rows,)"""
+        return tuple(fraction(self.probe.seed + 1, example.key) < 0.5 for example in self.judged.examples)
+
+    def _tasks(self, slices: Sequence[Slice]) -> tuple[Slice, ...]:
+        """Rows by source: parts of one dataset that are scored alike are one task, as they have one name."""
+        found: dict[tuple[str, str], Slice] = {}
+        for part in slices:
+            known = found.get((part.name, part.score))
+            rows = (*known.examples, *part.examples) if known else part.examples
+            found[part.name, part.score] = replace(part, examples=rows)
+        limit = self.probe.evaluation_rows
+        return tuple(replace(task, examples=task.examples[:limit]) for task in found.values() if task.examples)
 
     def chance(self, role: Role) -> float:
         """Score of guessing on a role's rows: 0 where there are no classes to guess from."""
@@ -114,7 +134,7 @@ class Bench:
         """
         generative, preset = self.task.generative, self.probe.preset
         every = [registry.find("attacks", name) for name in registry.known("attacks")]
-        chosen = [family for family in every if family.generative == generative and able.can(family)]
+        chosen = [family for family in every if family.generative == generative and not able.lacks(family)]
         if short := SCREENS.get(preset):
             chosen = [family for family in chosen if family.name in short[generative]]
         chosen = [self._laddered(family) for family in chosen]
@@ -129,12 +149,11 @@ class Bench:
         """The family with its budget and, where the recipe has one, the recipe's own ladder."""
         if family.name in self.probe.rates:
             family = replace(family, rates=self.probe.rates[family.name], follows="")
-        return replace(family, steps=self.probe.steps)
+        return replace(family, steps=self.probe.steps, planned=self.probe.steps)
 
     def fingerprint(self) -> str:
         """Hash over everything that a measurement of a given checkpoint depends on."""
         import peft
-        import torch
         import transformers
 
         import hardener
@@ -154,10 +173,14 @@ class Bench:
 
 
 def able(bench: Bench, folder: Path, classes: int) -> Able:
-    """What can be done to the original; its head has so many outputs."""
+    """What can be done to the original; its head has so many outputs.
+
+    Raises UsageError where all attacks would be in vain.
+    """
     import importlib.util
 
     model = bench.task.load(folder)
+    check_original(bench, model, folder)
     trl = importlib.util.find_spec("trl") is not None
     return Able(
         canonical=canonicalise(model, bench.task, bench.task.collate(bench.judged.examples[:8])),
@@ -165,6 +188,31 @@ def able(bench: Bench, folder: Path, classes: int) -> Able:
         turns=any(map(plain, bench.judged.examples)),
         preferences=trl and bool(bench.streams.refusals) and any(map(plain, bench.judged.examples)),
     )
+
+
+def check_original(bench: Bench, model: nn.Module, folder: Path) -> None:
+    """Raise DataError for too few rows, UsageError for rows of another tokenizer, UnsupportedModelError for NaN."""
+    if len(set(bench.report_half)) < 2:
+        raise DataError(
+            f"all {len(bench.report_half)} judged rows fall into one half, to select the attack or to report it; "
+            "give data.restricted more rows, raise probe.evaluation_rows or change probe.seed"
+        )
+    rows = [e.inputs["input_ids"] for part in bench.streams.slices for e in part.examples if "input_ids" in e.inputs]
+    highest = max(map(max, rows), default=0)
+    if rows and highest >= (known := model.get_input_embeddings().num_embeddings):  # type: ignore[operator]
+        raise UsageError(
+            f"{folder.name} has embeddings for {known} tokens, and the rows hold token {highest}: the tokenizer beside "
+            "the model that is attacked is not for it; give --against its parent"
+        )
+    longest = max(map(len, rows), default=0)
+    if isinstance(bench.task, CausalLM) and longest > bench.task.positions:
+        raise UsageError(
+            f"{folder.name} takes {bench.task.positions} tokens, and a row has {longest}; lower data.max_length"
+        )
+    with torch.no_grad():
+        logits, _ = bench.task.targets(model.eval(), bench.task.collate(bench.judged.examples[:8]))
+    if not logits.isfinite().all():
+        raise UnsupportedModelError(f"the logits of {folder.name} are not finite; its weights are damaged")
 
 
 def with_norm_ratio(measurement: Measurement, hardened: Path, original: Path) -> Measurement:
@@ -180,9 +228,22 @@ def cache_path(weights: str, bench: Bench, chosen: Sequence[Family], subject: Su
 
 
 def cached(path: Path, make: Callable[[], Measurement]) -> Measurement:
-    """Return the cached measurement, or make it and keep it."""
+    """Return the cached measurement, or make it and keep it. Raises UsageError where it could not be kept."""
+    root = path.parent
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the cache {root} cannot be made: {error.strerror}; set HARDENER_CACHE") from error
+    if not path.is_file() and not os.access(root, os.W_OK):
+        raise UsageError(f"the cache {root} cannot be written to; mend its rights, or set HARDENER_CACHE")
+    return kept(path, Measurement, make)
+
+
+def kept(path: Path, kind: type[Kind], make: Callable[[], Kind]) -> Kind:
+    """Return what was kept under this name, or make it and keep it; a file that is damaged is made anew."""
     if path.is_file():
-        return Measurement.model_validate_json(path.read_text("utf-8"))
+        with suppress(ValidationError):
+            return kind.model_validate_json(path.read_bytes())
     made = make()
     files.write_text(path, made.model_dump_json())
     return made

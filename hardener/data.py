@@ -281,6 +281,7 @@ def _check_rows(recipe: Recipe, streams: Streams, parts: Sequence[Loaded], kin: 
     needed: list[tuple[Role, Use]] = [
         ("restricted", "attack"),
         ("restricted", "evaluation"),
+        ("retain", "attack"),
         ("retain", "evaluation"),
     ]
     if recipe.defense is not None:
@@ -300,6 +301,15 @@ def _check_rows(recipe: Recipe, streams: Streams, parts: Sequence[Loaded], kin: 
             raise DataError(
                 f"data.{role}: the judged source {judged.name} has only {len(judged.examples)} `{use}` rows"
             )
+    taught = {part.name for part in streams.of("benign", "attack") if part.examples}
+    for part in streams.of("benign", "evaluation"):
+        if part.examples and part.name not in taught:
+            raise DataError(
+                f"data.benign: {part.name} has rows for `evaluation` and none for `attack`, by which a user learns the "
+                "task; let it serve both, or bring both as two splits of one dataset"
+            )
+    if recipe.data.harmless and not any("turn" in e.inputs for e in streams.rows("harmless", "evaluation")):
+        raise DataError("data.harmless: no row has a question that a model could refuse; needs prompt and completion")
 
 
 def _lost(parts: Sequence[Loaded], kin: Mapping[str, str], max_length: int) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from torch import nn
 
 from hardener import judges
-from hardener.attacks import asked
+from hardener.attacks.asked import WAYS, plain
 from hardener.attacks.attack import Attack
 from hardener.attacks.recorder import Judge as Judging
 from hardener.bench import Bench
@@ -56,7 +56,7 @@ class Judge:
         task = self.bench.task
         assert isinstance(task, CausalLM)
         shots = self.bench.streams.rows("restricted", "attack")
-        return asked.WAYS[attack.family.asked](task, self.bench.judged.examples, attack.dose, shots)
+        return WAYS[attack.family.asked](task, self.bench.judged.examples, attack.dose, shots)
 
     def attack(
         self, model: nn.Module, step: int, last: bool, *, views: Sequence[Sequence[Example]], untouched: bool = True
@@ -138,15 +138,20 @@ class Judge:
         task = self.bench.task
         return {f"{s.name}|{s.score}": mean(task.score(model, s.examples, s.score)) for s in self.bench.beside}
 
-    def _answers(self, model: nn.Module, asked: Sequence[Example], scores: Sequence[float]) -> dict[str, float]:
-        """Shares of usable, refused and other answers, by greedy decoding; language models with exact answers only."""
+    def _answers(self, model: nn.Module, rows: Sequence[Example], scores: Sequence[float]) -> dict[str, float]:
+        """Shares of usable, refused and other answers, by greedy decoding; language models with exact answers only.
+
+        None of rows without a question: nothing is asked.
+        """
         bench = self.bench
         if not isinstance(bench.task, CausalLM) or bench.judged.score != "exact-match":
             return {}
-        rows = asked[:ANSWER_ROWS]
-        usable = mean(scores[: len(rows)])
-        refused = self._refused(model, rows)
-        said_no = mean([float(no and not score) for no, score in zip(refused, scores, strict=False)])
+        asked = [(row, score) for row, score in zip(rows, scores, strict=True) if plain(row)][:ANSWER_ROWS]
+        if not asked:
+            return {}
+        usable = mean([score for _, score in asked])
+        refused = self._refused(model, [row for row, _ in asked])
+        said_no = mean([float(no and not score) for no, (_, score) in zip(refused, asked, strict=True)])
         return {"usable": usable, "refused": said_no, "other": max(0.0, 1 - usable - said_no)}
 
 

@@ -105,7 +105,8 @@ class Ladder:
         if not self._kept(curve, point):
             return 0.0
         if self.score == "likelihood-gain":
-            return 1 - mean(point.scores) / mean(curve[0].scores)
+            before = mean(curve[0].scores)
+            return 1 - mean(point.scores) / before if before else 0.0  # a model that is certain leaves nothing to win
         return (mean(point.scores) - self.chance) / (1 - self.chance)
 
     def _kept(self, curve: Sequence[Checkpoint], point: Checkpoint) -> bool:

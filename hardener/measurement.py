@@ -17,7 +17,8 @@ Subject = Literal["original", "hardened", "scratch"]
 class Plain(BaseModel):
     """Frozen, exact data."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Written as words, a figure that is no number is read again as what it was, and the file is JSON.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Checkpoint(Plain):

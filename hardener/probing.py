@@ -13,17 +13,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from hardener import checkpoint, files, questions
+from hardener import checkpoint, questions
 from hardener.attacks.asked import plain
 from hardener.attacks.attack import Attack
 from hardener.attacks.families import BENIGN, SCREENS, Family
 from hardener.attacks.finetune import attacked
 from hardener.attacks.recorder import Stop, Watch, never, quietly
 from hardener.attacks.scene import Scene
-from hardener.bench import Bench
+from hardener.bench import Bench, kept
 from hardener.checks import NO_ATTACK
 from hardener.conditions import LEAST_TRIALS
-from hardener.data import Slice, fraction
+from hardener.data import Slice
 from hardener.judges import USABLE, agreement
 from hardener.judging import Judge, mean
 from hardener.ladder import WORST, Ladder, settled
@@ -51,11 +51,7 @@ class Store:
         """Return the finished run of this attack, or make it and keep it."""
         digest = hashlib.sha256(f"{attack}\n{self.context}".encode()).hexdigest()
         path = self.folder / f"{attack.family.name}-{attack.rate:g}-{attack.seed}-{attack.length}-{digest[:12]}.json"
-        if path.is_file():
-            return Run.model_validate_json(path.read_text("utf-8"))
-        run = make()
-        files.write_text(path, run.model_dump_json())
-        return run
+        return kept(path, Run, make)
 
 
 class Prober:
@@ -92,7 +88,7 @@ class Prober:
             weights=self.weights,
             score=bench.judged.score,
             chance=bench.chance("restricted"),
-            report_half=tuple(fraction(bench.probe.seed + 1, e.key) < 0.5 for e in bench.judged.examples),
+            report_half=bench.report_half,
             questions=questions.put(bench.task, self.folder, bench.judged.examples),
             utility_rows=tuple(score for part in utility for score in part),
             utility_groups=tuple(i for i, part in enumerate(utility) for _ in part),
@@ -110,14 +106,14 @@ class Prober:
 
     def prolong(self, measured: Measurement, chosen: Sequence[Family]) -> Measurement:
         """Give the worst attacks the longer budgets of `chosen`, so that the best scores of both subjects compare."""
-        worst = self.ladder.worst_first(measured.runs)[:WORST]
         budgets = {family.name: family.steps for family in chosen}
+        worst = {way: self._made[way] for way in self.ladder.worst_first(measured.runs)[:WORST]}
 
         def longer(run: Run) -> Run:
-            if (run.family, run.rate) not in worst or run.answered:
+            attack = worst.get((run.family, run.rate))
+            if attack is None or run.answered or attack.steps >= budgets[run.family]:
                 return run
-            attack = replace(self._made[run.family, run.rate], seed=run.seed)
-            return self._make(replace(attack, steps=budgets[run.family])) if attack.steps < budgets[run.family] else run
+            return self._make(replace(attack, seed=run.seed, steps=budgets[run.family]))
 
         runs, notes = settled([longer(run) for run in measured.runs])
         self.scene.forget_base()
@@ -253,9 +249,9 @@ class Prober:
         """What an honest user does with the subject, for each benign task."""
         probe, family = self.bench.probe, BENIGN[self.bench.task.generative]
         for judged in self.bench.benign:
-            scene = self._scene("benign", self._rows_of(judged))
+            scene, setting = self._scene("benign", self._rows_of(judged)), f"{judged.name}|{judged.score}"
             for rate in self._benign_rates():
-                attack = Attack(family, rate, probe.seed, probe.benign_steps, probe.batch_size, setting=judged.name)
+                attack = Attack(family, rate, probe.seed, probe.benign_steps, probe.batch_size, setting)
                 judge = partial(self.judge.benign, judged)
                 title = f"benign fine-tune on {judged.name}, rate {rate:g}"
                 run = self._kept(attack, title, partial(attacked, scene, attack, judge))

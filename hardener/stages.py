@@ -18,7 +18,7 @@ from hardener.attacks.families import SCREENS, Family
 from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.checks import BUDGET_FACTOR, NO_ATTACK
 from hardener.console import Narrator, values
-from hardener.errors import UsageError
+from hardener.errors import RecipeError, UsageError
 from hardener.judges import Classifier, Panel
 from hardener.measurement import Measurement, Subject
 from hardener.probing import Prober
@@ -125,8 +125,15 @@ def versions() -> dict[str, str]:
 
 
 def choose_families(bench: Bench, folder: Path) -> tuple[Family, ...]:
-    """The attack families of the preset that apply to this architecture."""
-    return bench.families(able(bench, folder, len(label2id(folder))))
+    """The attack families of the preset that apply to this architecture.
+
+    Raises RecipeError for one that the recipe names and that does not apply, UsageError as `able` does.
+    """
+    here = able(bench, folder, len(label2id(folder)))
+    for name in bench.probe.families or ():
+        if lacks := here.lacks(registry.find("attacks", name)):
+            raise RecipeError(f"probe.families: {name} cannot be made here: {lacks}")
+    return bench.families(here)
 
 
 def wanted(chosen: tuple[Family, ...], bench: Bench) -> tuple[Family, ...]:
@@ -239,7 +246,9 @@ def budgeted(bench: Bench, original: Measurement, families: tuple[Family, ...]) 
         return min(bench.probe.max_steps, max(bench.probe.steps, needed))
 
     def ladder(family: Family) -> tuple[float, ...]:
-        return tuple(sorted({run.rate for run in original.runs if run.family == family.name}))
+        # A rate that a search chose belongs to its setting; the other subject is searched by itself.
+        climbed = (run for run in original.runs if run.family == family.name and not run.setting)
+        return tuple(sorted({run.rate for run in climbed}))
 
     overall = cost(families)
     return tuple(replace(f, rates=() if f.doses else ladder(f), steps=budget(f)) for f in families)

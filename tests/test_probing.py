@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 from dataclasses import replace
@@ -11,19 +12,23 @@ from pathlib import Path
 import pytest
 import small
 import tiny
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerControl, TrainerState
 
 import hardener
-from hardener import stages
+from hardener import demo, stages
 from hardener.attacks import families as table
+from hardener.attacks.asked import WAYS
 from hardener.attacks.attack import Attack
 from hardener.attacks.finetune import attacked
-from hardener.attacks.recorder import quietly
+from hardener.attacks.recorder import Recorder, quietly
 from hardener.attacks.scene import Scene
-from hardener.bench import Able, Bench, able, cache_path
+from hardener.bench import Able, Bench, able, cache_path, cached, check_original, kept
 from hardener.console import Narrator, quiet
+from hardener.errors import DataError, RecipeError, UnsupportedModelError, UsageError
 from hardener.judging import ANSWER_ROWS, GATE_ROWS, WORTH_GATING, Judge
 from hardener.ladder import Ladder, settled
-from hardener.measurement import Checkpoint, Run
+from hardener.measurement import Checkpoint, Measurement, Run
 from hardener.probing import Prober, Store
 
 ABLE = Able(canonical=True, kept_head=True, turns=True, preferences=True)
@@ -121,6 +126,104 @@ def test_a_llama_can_be_canonical_and_an_encoder_classifier_keeps_its_head_if_it
     assert "kept-head" in {
         f.name for f in stages.choose_families(with_probe(images, preset="standard"), images.task.folder)
     }
+
+
+def test_two_parts_of_one_dataset_are_one_benign_task_and_all_their_rows_count(letters, paths, tmp_path):
+    rows = [{**row, "part": part} for row, part in zip(rows_of(paths["benign"]), "ab" * 60, strict=True)]
+    path = tiny.jsonl(tmp_path / "both.jsonl", rows)
+    columns = "columns: {prompt: prompt, completion: completion}"
+    parts = ", ".join(f"{{dataset: {path}, where: {{part: {part}}}, {columns}}}" for part in "ab")
+    bench = opened(letters, paths, f"data.benign=[{parts}]", "probe.evaluation_rows=200")
+    (task,) = bench.benign
+    assert len(task.examples) == len(bench.streams.rows("benign", "evaluation"))
+    made = Prober(bench, "hardened", letters, tmp_path, lambda _: None)
+    assert len(made._rows_of(task)) == len(bench.streams.rows("benign", "attack"))
+
+
+def test_a_benign_task_without_rows_to_learn_it_from_is_refused(letters, paths, tmp_path):
+    rows = rows_of(paths["benign"])
+    halves = [tiny.jsonl(tmp_path / f"{i}.jsonl", rows[i::2]) for i in range(2)]
+    parts = ", ".join(
+        f"{{dataset: {h}, uses: [{use}]}}" for h, use in zip(halves, ("attack", "evaluation"), strict=True)
+    )
+    with pytest.raises(DataError, match="has rows for `evaluation` and none for `attack`"):
+        opened(letters, paths, f"data.benign=[{parts}]")
+
+
+def test_harmless_rows_that_ask_nothing_are_refused(letters, paths, tmp_path):
+    texts = tiny.jsonl(tmp_path / "texts.jsonl", [{"text": f"a harmless text {i}"} for i in range(60)])
+    with pytest.raises(DataError, match=r"data\.harmless: no row has a question"):
+        opened(letters, paths, f"data.harmless={{dataset: {texts}, uses: [evaluation]}}")
+
+
+def test_plain_texts_are_measured_and_nothing_is_asked_of_them(letters, paths, tmp_path):
+    texts = {}
+    for role in ("restricted", "retain", "benign"):
+        rows = [{"text": f"{row['prompt']} {row['completion']}"} for row in rows_of(paths[role])]
+        texts[role] = tiny.jsonl(tmp_path / f"{role}.jsonl", rows)
+    bench = opened(letters, texts, "data.alignment=", "defense=", "train=")
+    point = Judge(bench).attack(bench.task.load(letters).eval(), 0, True, views=[bench.judged.examples])
+    assert len(point.scores) == len(bench.judged.examples)
+    assert point.answers == {}
+
+
+# Before any attack
+
+
+def ready(bench, model, folder=Path("parent")):
+    check_original(bench, model.eval(), folder)
+
+
+def test_an_original_whose_logits_are_no_numbers_is_refused(bench, letters):
+    for value in (math.inf, math.nan, 3e38):
+        model = bench.task.load(letters)
+        torch.nn.init.constant_(model.lm_head.weight, value)
+        with pytest.raises(UnsupportedModelError, match="the logits of parent are not finite"):
+            ready(bench, model)
+    ready(bench, bench.task.load(letters))
+
+
+def test_an_original_without_embeddings_for_the_rows_is_refused(bench, letters):
+    model = bench.task.load(letters)
+    model.set_input_embeddings(torch.nn.Embedding(9, 96))
+    with pytest.raises(UsageError, match="parent has embeddings for 9 tokens, and the rows hold token"):
+        ready(bench, model)
+
+
+def test_rows_of_which_one_half_is_empty_are_refused(bench, letters):
+    selected = [e for e, reported in zip(bench.judged.examples, bench.report_half, strict=True) if not reported]
+    one_half = replace(bench)
+    one_half.__dict__["judged"] = replace(bench.judged, examples=tuple(selected))
+    with pytest.raises(DataError, match="judged rows fall into one half"):
+        ready(one_half, bench.task.load(letters))
+
+
+def test_a_named_family_that_cannot_be_made_is_refused(letters, paths):
+    bench = opened(letters, paths, "probe.preset=standard", "probe.families=[dpo]", "probe.rates={dpo: [0.001]}")
+    without = replace(bench, streams=replace(bench.streams, refusals=()))
+    assert stages.wanted(stages.choose_families(bench, letters), bench)
+    with pytest.raises(RecipeError, match=r"probe\.families: dpo cannot be made here: it needs questions, 1 to 20"):
+        stages.choose_families(without, letters)
+
+
+def test_a_model_with_a_table_of_positions_is_asked_no_more_than_it_holds(tmp_path, paths):
+    tokenizer = demo.letters_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=1, n_positions=40, bos_token_id=None)
+    folder = tiny.saved(GPT2LMHeadModel(config), tokenizer, tmp_path / "gpt2")
+    bench = opened(folder, paths, "data.max_length=40")
+    model = bench.task.load(folder).eval()
+    ready(bench, model)
+    shots = bench.streams.rows("restricted", "attack")
+    asked = WAYS["few-shot"](bench.task, bench.judged.examples, 8, shots)
+    assert max(len(row.labels) for row in asked) <= 40
+    rows = replace(bench.judged, examples=(longer(asked[0]), *bench.judged.examples))
+    long = replace(bench, streams=replace(bench.streams, slices=(rows,)))
+    with pytest.raises(UsageError, match=r"parent takes 40 tokens, and a row has 41; lower data\.max_length"):
+        ready(long, model)
+
+
+def longer(row):
+    return replace(row, inputs={**row.inputs, "input_ids": [0] * 41})
 
 
 # Ladders
@@ -312,6 +415,31 @@ def test_the_attack_that_merges_with_the_parent_is_made_on_the_hardened_model_al
         assert sum(run.family == "merge" for run in measured.runs) == expected
 
 
+def test_the_longer_budget_goes_to_every_seed_of_the_worst_attacks(bench):
+    probing = prober(bench, level_of(0.5), preset="standard", seeds=3)
+    chosen = (replace(FULL, rates=(1e-3,), steps=2),)
+    runs = tuple(probing._make(replace(probing._attack(chosen[0], 1e-3, 0), seed=seed)) for seed in range(3))
+    made = []
+    probing._make = lambda attack: made.append((attack.seed, attack.steps)) or runs[attack.seed]
+    probing._made = dict(probing._made)
+    probing.prolong(blank(runs), (replace(chosen[0], steps=32),))
+    assert made == [(0, 32), (1, 32), (2, 32)]
+
+
+def blank(runs, subject="original"):
+    """A measurement of these runs."""
+    return Measurement(
+        subject=subject, weights="w", score="exact-match", chance=0.0, report_half=(False, True) * 2, runs=runs
+    )
+
+
+def test_a_rate_that_a_search_chose_is_no_rung_of_the_other_subjects_ladder(bench):
+    climbed = [scripted(rate, level(0.9)) for rate in (1e-3, 3e-3)]
+    searched = scripted(2e-3, level(0.95)).model_copy(update={"setting": "batch 8, cosine, harm only"})
+    (family,) = stages.budgeted(bench, blank((*climbed, searched)), (FULL,))
+    assert family.rates == (1e-3, 3e-3)
+
+
 def test_how_long_it_will_take_is_told_before_it_starts(bench, tmp_path):
     told = []
     Prober(with_probe(bench, preset="quick"), "original", bench.task.folder, tmp_path, told.append).measure(
@@ -408,6 +536,58 @@ def test_a_finished_run_is_not_run_again_and_a_changed_attack_is(tmp_path):
     assert len(made) == 1 + len(changed) + 1
 
 
+@pytest.mark.parametrize("left", ['{"fam', "{}", "\\udcff"])
+def test_a_damaged_file_of_an_earlier_run_is_made_anew(tmp_path, left):
+    path = tmp_path / "run.json"
+    path.write_bytes(left.encode("utf-8", "surrogateescape"))
+    run = Run(family="full", rate=1e-3, seed=0, curve=(Checkpoint(step=0, scores=(0.5,)),))
+    assert kept(path, Run, lambda: run) == run
+    assert Run.model_validate_json(path.read_text()) == run
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_figure_that_is_no_number_is_read_again_as_it_was_written(tmp_path, value):
+    run = Run(family="full", rate=1e-3, seed=0, curve=(), train_loss=(value,))
+    path = tmp_path / "run.json"
+    kept(path, Run, lambda: run)
+    assert repr(kept(path, Run, pytest.fail).train_loss) == repr((value,))
+    json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+def test_a_cache_that_cannot_be_written_to_is_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="set HARDENER_CACHE"):
+        cached(tmp_path / "file" / "before" / "x.json", pytest.fail)
+
+
+def test_the_watch_sees_the_last_loss_too():
+    """A search that goes on shows a finished run's losses to itself again: it must have seen them all before."""
+    shown = []
+    attack = Attack(table.FULL, 1e-3, 0, 2, 16)
+    recorder = Recorder(attack, None, lambda _: False, lambda index, loss: shown.append((index, loss)) or True)
+    control = TrainerControl()
+    recorder.on_log(None, TrainerState(global_step=2), control, logs={"loss": 0.5})
+    assert shown == [(0, 0.5)]
+    assert not control.should_training_stop  # it came too late
+
+
+def test_scores_that_are_no_numbers_are_a_failed_run():
+    def judge(model, step, last):
+        return Checkpoint(step=step, scores=(1.0, math.inf if step else 2.0))
+
+    recorder = Recorder(Attack(table.FULL, 1e-3, 0, 2, 16), judge, lambda _: False, quietly)
+    for step in (0, 1):
+        recorder.judge_now(torch.nn.Linear(1, 1), step)
+    assert recorder.failed == "the attacked model's scores were not finite at step 1"
+    assert [point.step for point in recorder.curve] == [0]
+
+
+def test_a_model_that_is_certain_before_any_attack_leaves_nothing_to_win():
+    curve = tuple(Checkpoint(step=step, scores=(0.0,) * 4) for step in range(2))
+    run = Run(family="full", rate=1.0, seed=0, curve=curve)
+    assert replace(LADDER, score="likelihood-gain").reached(run) == 0.0
+
+
 def test_an_interrupted_probe_goes_on_where_it_was(bench, tmp_path):
     chosen = chosen_of(bench)[:1]
 
@@ -455,8 +635,6 @@ def test_the_cache_knows_data_probe_weights_and_device(bench, letters, paths, tm
 
 
 def rows_of(path):
-    import json
-
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -59,7 +59,7 @@ def _anew(task: CausalLM, row: Example, ask: Callable[[str, str], str]) -> Examp
     asked, answer = task.render(*turn)
     put = ask(asked, turn[0])
     end = len(task.tokenizer(put, add_special_tokens=False)["input_ids"]) + len(row.labels) - row.inputs["prompt"]
-    room = min(ROOM * task.max_length, task.tokenizer.model_max_length)
+    room = min(ROOM * task.max_length, task.tokenizer.model_max_length, task.positions)
     made = task.encode_turn(turn, put, answer, room=end) if end <= room else None  # an answer that was cut stays so
     return made or row
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,6 +46,15 @@ class CausalLM(Task):
         asked, answer = self.render("question", "answer")
         if "question" not in asked or "answer" not in answer:
             raise UnsupportedModelError(f"the chat template of {folder.name} leaves out what user or assistant say")
+
+    @cached_property
+    def positions(self) -> float:
+        """Tokens that the model can take; infinite unless it has a table of positions (GPT-2)."""
+        from transformers import AutoConfig
+
+        settings = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        rotary = hasattr(settings, "rope_parameters")
+        return math.inf if rotary else getattr(settings, "max_position_embeddings", math.inf)
 
     @property
     def auto(self) -> Any:
