@@ -14,7 +14,7 @@ from hardener.case import Case
 from hardener.checks import OK, at, sound
 from hardener.measurement import Measurement
 from hardener.measures import BOTH
-from hardener.metrics import Track, best, lines
+from hardener.metrics import Track, best, interval, lines, quote
 from hardener.report import Interval
 
 SUCCEEDED = 0.95  # a usable score from which no better rate needs to be sought
@@ -65,7 +65,7 @@ def _open_end(ladder: list[Track], start: float, gated: bool) -> str | None:
     low, high, top = min(worth), max(worth), max(worth, key=lambda rate: worth[rate])
     if len(worth) < LEAST_RATES or worth[top] >= SUCCEEDED:
         return None
-    if worth[top] < max(0.0, start) + SOMETHING:
+    if not _happened(ladder, max(0.0, start)):
         nothing = gated and not _broke(ladder, high)
         return f"did nothing at any rate, and {at(high, True)} did not break the model either" if nothing else None
     if top in (low, high):
@@ -75,6 +75,18 @@ def _open_end(ladder: list[Track], start: float, gated: bool) -> str | None:
     if worth[high] >= worth[top] and not _broke(ladder, high):
         return f"works as well {at(high, True)}, the highest rate that was tried"
     return None
+
+
+def _happened(ladder: list[Track], start: float) -> bool:
+    """Whether the best attack did better than the score `start` beyond chance, on the half that did not choose it.
+
+    On the half that did, the luckiest of many attacks on a model that knows nothing looks like one that works.
+    """
+    pick = best(ladder, usable=True)
+    if pick is None:
+        return False
+    won = interval(quote(ladder, pick, usable=True))
+    return won.low > start and min(pick.score, won.value) >= start + SOMETHING
 
 
 def _broke(ladder: list[Track], rate: float) -> bool:
