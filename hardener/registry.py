@@ -83,19 +83,24 @@ def find(kind: Kind, name: str) -> Any:
 
     Raises RecipeError naming the nearest known name, or saying what is wrong with a third party's.
     """
+    if name in BUILT_IN[kind]:  # without a look at everything that is installed
+        return _imported(BUILT_IN[kind][name])
     table = known(kind)
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RecipeError(f"no {kind[:-1]} is called {name!r}{hint or '.'} Known: {', '.join(sorted(table))}")
-    module, _, attribute = table[name].partition(":")
-    if name in BUILT_IN[kind]:
-        return getattr(import_module(module), attribute)
     installed = f"the {kind[:-1]} {name!r} of an installed package, {table[name]},"
     try:
-        found = getattr(import_module(module), attribute)
+        found = _imported(table[name])
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"{installed} cannot be imported: {error}; mend or uninstall that package") from error
     if kind == "attacks" and getattr(found, "name", None) != name:
         raise RecipeError(f"{installed} is no attack family of that name; mend or uninstall that package")
     return found
+
+
+def _imported(place: str) -> Any:
+    """What `module:attribute` names."""
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)
