@@ -12,6 +12,7 @@ from pathlib import Path
 
 import beds
 import pytest
+import test_evidence as synthetic
 import torch
 from placebos import PLACEBOS
 
@@ -234,6 +235,18 @@ def test_a_ladder_goes_on_above_its_best_rate_even_if_that_wears_out():
 
     runs = Ladder("accuracy", chance=0.0, epsilon=0.1).climb((0.01, 0.1), attack)
     assert max(run.rate for run in runs) == 0.3
+
+
+def test_luck_at_the_end_of_a_ladder_is_no_attack_that_works():
+    """Of many attacks on a model that knows nothing one seems to work, on the half of the rows that chose it."""
+    _, reported = synthetic.rows(400)
+    lucky = tuple(0.0 if quoted else 0.2 for quoted in reported)
+    curve = tuple(Checkpoint(step=i, scores=lucky if i else (0.0,) * 400) for i in range(2))
+    ladder = [synthetic.run("full", rate, half=9e9) for rate in (1e-5, 1e-4)]
+    ladder.append(Run(family="full", rate=1e-3, seed=0, curve=curve, trainable=100))
+    original = synthetic.measured("original", synthetic.attacks(families=("full",)))
+    found = synthetic.judge(original, synthetic.measured("hardened", ladder))
+    assert found.conditions["rates bracketed"] == "ok"
 
 
 # With every family: `pytest -m slow tests/test_controls.py`
