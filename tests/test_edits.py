@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from types import SimpleNamespace
 
-import beds
+import placebos
 import pytest
 import tiny
 import torch
@@ -210,7 +210,7 @@ def test_healing_lowers_the_loss_on_the_models_own_task_and_keeps_every_shape(be
 def test_a_rescaled_model_and_the_one_it_was_made_from_have_one_canonical_form(scene):
     placebo = loaded(scene)
     with torch.no_grad():
-        beds.rescale(placebo)
+        placebos.llama_whole(placebo)
     _, one = edited("canonical", scene, 0.0)
     _, other = edited("canonical", scene, 0.0, placebo)
     for name, p in one.items():
