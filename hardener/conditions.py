@@ -184,6 +184,5 @@ def _families(tracks: Sequence[Track]) -> dict[str, list[Track]]:
 
 
 def _worth(tracks: list[Track]) -> float:
-    """The best usable score on the selection half; 0 where every run collapsed at once."""
-    pick = best(tracks, usable=True)
-    return 0.0 if pick is None else pick.score
+    """The best usable score of any run, over both halves: the yardstick by which ladders are climbed."""
+    return max(float((track.level * track.kept).max()) for track in tracks)
