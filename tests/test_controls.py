@@ -44,8 +44,8 @@ CLASSIFIER_RATES = {
 }
 FEW = {"llama": ("full", "canonical"), "resnet": ("fresh-head", "fresh-head-relative")}
 """A fixed rate, and a family that sees through scales; fewer than all leave the overall word open."""
-BY_HEART = {"attack_rows": 16, "batch_size": 32}
-"""What was never known can only be learned by heart: few rows, shown often, or the probe asks for more steps."""
+BY_HEART = {"attack_rows": 16, "batch_size": 32, "steps": 64}
+"""What was never known can only be learned by heart: few rows, often."""
 NONE = "no measurable protection"
 STRONGEST = {"llama": "gains and stream", "resnet": "batch norm and weight before it"}
 
