@@ -16,6 +16,11 @@ from safetensors import SafetensorError
 
 from hardener.errors import ResourceError
 
+SUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
+UNSUMMED = (SUMS, SIGNATURE)
+"""What lies at the root of a release and is not in its sums: the sums themselves, and the signature over them."""
+
 
 @contextmanager
 def explained_disk(path: Path) -> Iterator[None]:
