@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hardener.checks import NO_ATTACK, OK, OUTSIDE, same_rows, sound, trains
+from hardener.checks import NO_ATTACK, OK, outside, same_rows, sound
 from hardener.errors import DataError
 from hardener.measurement import Measurement, Run, Subject
 from hardener.metrics import Floats, Track, Way, best, interval, quote, rescaled, row_weights, unattacked
@@ -74,9 +74,14 @@ class Case:
         """Whether attackers care for general utility, so that a score counts only while it lasts: language models."""
         return any(np.isfinite(track.utility).any() for tracks in self.tracks.values() for track in tracks)
 
+    @property
+    def outside(self) -> set[str]:
+        """Families that stay out of the verdict."""
+        return outside(self.subjects)
+
     def training(self, subject: Subject) -> list[Track]:
         """The subject's attacks that take steps."""
-        return [track for track in self.tracks[subject] if trains(track.family, track.last)]
+        return [track for track in self.tracks[subject] if track.last and track.family not in self.outside]
 
     def start(self, subject: Subject) -> Track:
         """The run whose first checkpoint shows the subject before any attack; it must have one."""
@@ -141,8 +146,7 @@ def scale(
         track
         for other in comparable
         if other.subject == "original"
-        for track in tracks(other, other.runs, rows, plain, epsilon)
-        if track.family not in OUTSIDE
+        for track in tracks(other, [run for run in other.runs if not run.needs_parent], rows, plain, epsilon)
     ]
     lowest = best(negative_nll, usable=False)
     if lowest is None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from hardener import checks, conditions, measures, verdict
 from hardener.case import NLL, Case, case, halves, scale, tracks, way
-from hardener.checks import NO_ATTACK, OK, OUTSIDE, last_step, sound
+from hardener.checks import NO_ATTACK, OK, last_step, sound
 from hardener.diagnostics import diagnose
 from hardener.measurement import Measurement, Run, Subject
 from hardener.measures import Duel
@@ -39,7 +39,7 @@ def evidence(
     reader must know of rows and judges. Raises DataError where a half of the rows is empty.
     """
     whole = case(original, hardened, scratch, epsilon)
-    judged = whole.keep({run.family for one in whole.subjects for run in one.runs} - OUTSIDE)
+    judged = whole.keep({run.family for one in whole.subjects for run in one.runs} - whole.outside)
     duel = measures.duel(judged)
     figures = _measures(judged, duel)
     found = _checks(judged, duel, expected_families, planned_steps)
@@ -132,7 +132,7 @@ def _families(
     attacked = {track.family for track in whole.tracks["hardened"]} - {NO_ATTACK}
     parts = {name: whole.keep({name, NO_ATTACK}) for name in names if name in attacked}
     duels = {name: measures.duel(part) for name, part in parts.items()}
-    p = holm({n: p_value(duel.gain) for n, duel in duels.items() if n not in OUTSIDE and duel.gain is not None})
+    p = holm({n: p_value(duel.gain) for n, duel in duels.items() if n not in whole.outside and duel.gain is not None})
     return tuple(
         _family(parts[name], duels[name], name, titles.get(name, name), preset, planned, p.get(name)) for name in parts
     )
@@ -163,6 +163,7 @@ def _family(case: Case, duel: Duel, name: str, title: str, preset: str, planned:
         word=word,
         delta_w=duel.figures.get("delta_w"),
         p=p,
+        needs_parent=name in case.outside,
     )
 
 

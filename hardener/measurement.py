@@ -62,6 +62,10 @@ class Run(Plain):
     """Share of the steps at which the rate was above 1 % of its peak."""
     setting: str = ""
     """What else was searched over: `batch 8, cosine, half benign`; empty where the family decides it."""
+    scheduled: bool = False
+    """The rate warmed up, or decayed."""
+    needs_parent: bool = False
+    """It used the unhardened parent's weights, so it stays out of the verdict."""
     source: str = ""
     """Of a benign fine-tune, its task."""
     answered: bool = False

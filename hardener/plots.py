@@ -13,11 +13,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from hardener.checks import NO_ATTACK, OUTSIDE
+from hardener.checks import NO_ATTACK
 from hardener.recipe import Recipe
 from hardener.report import Curve, Family, Interval, Point, Report
 from hardener.summary import absolute
-from hardener.tables import ranked
+from hardener.tables import outside, ranked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +150,7 @@ def _worst(report: Report) -> str | None:
     families = ranked(report.evidence) if report.evidence else []
     if families:
         return families[0].name
-    attacks = [c for c in report.curves if c.subject == "hardened" and c.family not in (NO_ATTACK, *OUTSIDE)]
+    attacks = [c for c in report.curves if c.subject == "hardened" and c.family != NO_ATTACK]
     best = max(attacks, key=_worth, default=None)
     return None if best is None else best.family
 
@@ -405,7 +405,8 @@ def moments(report: Report) -> list[tuple[str, dict[str, float]]]:
 
 
 def _moments(report: Report, subject: str) -> Iterator[tuple[str, dict[str, float]]]:
-    curves = [c for c in report.curves if c.subject == subject and c.family not in OUTSIDE]
+    parents = {family.name for family in outside(report.evidence)} if report.evidence else {}
+    curves = [c for c in report.curves if c.subject == subject and c.family not in parents]
     attacks = [c for c in curves if c.family != NO_ATTACK and c.points[-1].answers]
     before = next((c.points[0].answers for c in curves if c.points[0].step == 0 and c.points[0].answers), None)
     if before is None or not attacks:

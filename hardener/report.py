@@ -52,6 +52,8 @@ class Family(Plain):
     """W_u − W_h, paired."""
     p: float | None = None
     """One-sided p of "ΔW is not above W_u / 10", Holm-adjusted over the families of the verdict."""
+    needs_parent: bool = False
+    """It needs the unhardened parent's weights: it breaks every defence, and stays out of the verdict."""
 
 
 class Beside(Plain):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hardener.checks import OUTSIDE, scientific
+from hardener.checks import scientific
 from hardener.report import Evidence, Family, Interval
 
 SMALL = ("Attack", "Original", "Hardened", "Cost multiplier", "Verdict")
@@ -28,13 +28,13 @@ SPECIAL = re.compile(r"(?P<interval>\[−?\d+\.\d+, −?\d+\.\d+\](?![(\[:]))|[\
 def ranked(evidence: Evidence) -> list[Family]:
     """The families of the verdict: the attack that did best on the hardened model first, then by usable score."""
     worst = evidence.worst or ""
-    inside = [family for family in evidence.families if family.name not in OUTSIDE]
+    inside = [family for family in evidence.families if not family.needs_parent]
     return sorted(inside, key=lambda f: (not worst.startswith(f"{f.title} at "), -f.w_hardened.value))
 
 
 def outside(evidence: Evidence) -> list[Family]:
     """The families that need the parent's weights."""
-    return [family for family in evidence.families if family.name in OUTSIDE]
+    return [family for family in evidence.families if family.needs_parent]
 
 
 def family_table(

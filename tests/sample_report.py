@@ -264,6 +264,7 @@ def every_family() -> Report:
             best_rate_original=(one.rates or one.doses or (1e-4,))[0],
             best_rate_hardened=(one.rates or one.doses or (1e-4,))[-1],
             best_step_hardened=96 if one.trains else 0,
+            needs_parent=one.needs_parent,
         )
         for one in tried
     )

@@ -38,7 +38,7 @@ def run(family, rate, half, *, seed=0, n=400, top=0.95, utility=None, chance=0.0
         scores = 4 - 3 * share + difficulty if nll else difficulty < chance + (1 - chance) * share
         general = None if utility is None else utility(step)
         checkpoints.append(Checkpoint(step=step, scores=scores.astype(float).tolist(), utility=general))
-    fields = {"trainable": 10 if "lora" in family else 100, **more}
+    fields = {"trainable": 10 if "lora" in family else 100, "needs_parent": family == "merge", **more}
     return Run(family=family, rate=rate, seed=seed, curve=tuple(checkpoints), **fields)
 
 
@@ -765,9 +765,8 @@ def test_the_rate_that_is_named_is_the_rate_that_was_applied(original):
     assert "had 2e-5 as its highest rate" in applied(original, peak_rate=2e-5)
     assert "at only 80% of its steps" in applied(original, warm_share=0.8)
     assert applied(original, warm_share=0.9) != "ok"
-    assert applied(original, family="warm-up-cosine", warm_share=0.88) == "ok"
-    assert applied(original, setting="batch 8, cosine", warm_share=0.88) == "ok"
-    assert "88%" in applied(original, setting="batch 8", warm_share=0.88)
+    assert applied(original, scheduled=True, warm_share=0.88) == "ok"
+    assert "88%" in applied(original, warm_share=0.88)
     assert applied(original, peak_rate=2e-5, answered=True) == "ok"  # it stopped while warming up
 
 

@@ -54,6 +54,8 @@ def attacked(scene: Scene, attack: Attack, judge: Judge, stop: Stop = never, wat
         peak_rate=max(recorder.rates, default=0.0),
         warm_share=recorder.warm_share,
         setting=attack.setting,
+        scheduled=attack.family.schedule != "constant",
+        needs_parent=attack.family.needs_parent,
         answered=recorder.answered,
         failed=recorder.failed,
     )
