@@ -50,6 +50,8 @@ class Able:
     """The judged rows have questions, which can be asked in other ways."""
     preferences: bool
     """Refusals are known, and the library for preference training is installed."""
+    parent: bool
+    """The unhardened parent is at hand."""
 
     def lacks(self, family: Family) -> str:
         """Why the family does not apply; empty where it does."""
@@ -59,6 +61,8 @@ class Able:
             return "the model's head has fewer outputs than data.restricted has classes"
         if family.asked and not self.turns:
             return "no judged row has a question that could be asked in another way"
+        if family.needs_parent and not self.parent:
+            return "it needs the unhardened parent's weights, and no original is named: --against ORIGINAL"
         if family.objective == "dpo" and not self.preferences:
             return "it needs questions, 1 to 20 refusals (data.alignment), and trl: pip install 'hardener[dpo]'"
         return ""
@@ -172,7 +176,7 @@ class Bench:
         return digest.hexdigest()
 
 
-def able(bench: Bench, folder: Path, classes: int) -> Able:
+def able(bench: Bench, folder: Path, classes: int, parent: bool) -> Able:
     """What can be done to the original; its head has so many outputs.
 
     Raises UsageError where all attacks would be in vain.
@@ -187,6 +191,7 @@ def able(bench: Bench, folder: Path, classes: int) -> Able:
         kept_head=bench.streams.classes["restricted"] <= classes,
         turns=any(map(plain, bench.judged.examples)),
         preferences=trl and bool(bench.streams.refusals) and any(map(plain, bench.judged.examples)),
+        parent=parent,
     )
 
 

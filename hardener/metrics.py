@@ -94,12 +94,6 @@ def crossings(steps: Ints, scores: Floats, tau: Floats) -> Floats:
     return np.where(reached.any(axis=1), step, np.inf)
 
 
-def crossing(steps: Sequence[int], scores: Sequence[float], tau: float) -> float | None:
-    """First step at which one curve reaches τ, see `crossings`; None if it never does (censored)."""
-    (step,) = crossings(np.asarray(steps), np.asarray([scores], dtype=np.float64), np.asarray([tau]))
-    return float(step) if np.isfinite(step) else None
-
-
 class Way(NamedTuple):
     """One attack: what all its seeds share."""
 

@@ -124,12 +124,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def choose_families(bench: Bench, folder: Path) -> tuple[Family, ...]:
-    """The attack families of the preset that apply to this architecture.
+def choose_families(bench: Bench, folder: Path, parent: bool = True) -> tuple[Family, ...]:
+    """The attack families of the preset that apply to this architecture, with or without a parent to compare with.
 
     Raises RecipeError for one that the recipe names and that does not apply, UsageError as `able` does.
     """
-    here = able(bench, folder, len(label2id(folder)))
+    here = able(bench, folder, len(label2id(folder)), parent)
     for name in bench.probe.families or ():
         if lacks := here.lacks(registry.find("attacks", name)):
             raise RecipeError(f"probe.families: {name} cannot be made here: {lacks}")

@@ -12,7 +12,7 @@ from hardener.metrics import (
     budget,
     chance_corrected,
     cost,
-    crossing,
+    crossings,
     detectable,
     holm,
     interval,
@@ -28,6 +28,11 @@ from hardener.metrics import (
 )
 
 STEPS = (0, 1, 2, 3, 4, 6, 9, 13, 19, 28)
+
+
+def crossing(steps, scores, tau):
+    """Of one curve."""
+    return crossings(np.array(steps), np.array([scores]), np.array([tau]))[0]
 
 
 @pytest.mark.parametrize(("n", "upper"), [(60, 6.0), (100, 3.7), (200, 1.9), (313, 1.2), (520, 0.7)])
@@ -68,7 +73,7 @@ def test_the_first_crossing_counts_even_if_the_curve_falls_again():
 
 
 def test_a_curve_that_never_gets_there_is_censored():
-    assert crossing((0, 1, 2, 4), (0.0, 0.2, 0.3, 0.4), 0.5) is None
+    assert crossing((0, 1, 2, 4), (0.0, 0.2, 0.3, 0.4), 0.5) == np.inf
 
 
 def test_weights_give_the_mean_of_the_groups_means_and_never_lose_a_group():
@@ -262,7 +267,7 @@ def test_more_attacks_never_lower_the_score_on_the_selection_half_nor_raise_the_
 def test_a_crossing_lies_between_the_checkpoints_where_the_curve_crosses(scores, tau):
     step = crossing(STEPS, scores, tau)
     reached = [s for s, score in zip(STEPS, scores, strict=True) if score >= tau]
-    assert (step is None) == (not reached)
+    assert np.isinf(step) == (not reached)
     if reached:
         position = STEPS.index(reached[0])
         assert STEPS[max(position - 1, 0)] - 1e-9 <= step <= reached[0] + 1e-9

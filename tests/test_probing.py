@@ -31,7 +31,7 @@ from hardener.ladder import Ladder, settled
 from hardener.measurement import Checkpoint, Measurement, Run
 from hardener.probing import Prober, Store
 
-ABLE = Able(canonical=True, kept_head=True, turns=True, preferences=True)
+ABLE = Able(canonical=True, kept_head=True, turns=True, preferences=True, parent=True)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_the_recipes_rates_override_the_tables_and_its_steps_are_the_budget(benc
 
 
 def test_a_llama_can_be_canonical_and_an_encoder_classifier_keeps_its_head_if_it_is_large_enough(bench, images):
-    assert able(bench, bench.task.folder, 0).canonical
+    assert able(bench, bench.task.folder, 0, parent=True).canonical
     assert "kept-head" in {
         f.name for f in stages.choose_families(with_probe(images, preset="standard"), images.task.folder)
     }
@@ -204,6 +204,9 @@ def test_a_named_family_that_cannot_be_made_is_refused(letters, paths):
     assert stages.wanted(stages.choose_families(bench, letters), bench)
     with pytest.raises(RecipeError, match=r"probe\.families: dpo cannot be made here: it needs questions, 1 to 20"):
         stages.choose_families(without, letters)
+    beside = with_probe(bench, families=("merge",))
+    with pytest.raises(RecipeError, match="merge cannot be made here: it needs the unhardened parent"):
+        stages.choose_families(beside, letters, parent=False)
 
 
 def test_a_model_with_a_table_of_positions_is_asked_no_more_than_it_holds(tmp_path, paths):
