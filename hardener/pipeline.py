@@ -298,7 +298,7 @@ def probe(
 
         bench = stages.open_bench(chosen, folder, device, say)
         run.guard(stages.fingerprint(chosen, folder, bench))
-        families = stages.choose_families(bench, original_folder)
+        families = stages.choose_families(bench, original_folder, parent=against is not None)
         original = scratch = None
         if against is not None:
             say.stage("Attacking the original")
