@@ -7,6 +7,8 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
+        **{name: version(name) for name in ("lm-eval", "trl") if find_spec(name.replace("-", "_"))},
     }
 
 
