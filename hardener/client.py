@@ -81,6 +81,11 @@ def explained(what: str) -> Iterator[None]:
         raise kind(message) from (error if scrub(str(error)) == str(error) else None)
 
 
+def no_right(what: str) -> HubError:
+    """The error of a token that may not write there, before the Hub is asked to."""
+    return HubError(f"{what}: {_STATUS[403].format(token=_token_source())}")
+
+
 def scrub(text: str) -> str:
     """Take tokens out: the one in use, and whatever looks like one."""
     if token := _token():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ KEPT = (
 LEFT = ("*.index.json", "*_results.json", "trainer_state.json")
 """What matches above but speaks of other weights or of another training."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TABLE = re.compile(r"(^|[._])(embed_\w+|\w+_embeddings|embeddings|embed|wte|wpe)\.weight$")
+"""Tensors from which rows are taken; the embeddings of patches are convolutions, and are called otherwise."""
+OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 PICKLE = "pickle, which can run code when it is loaded"
 OTHER_FORMATS = {
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), PICKLE),
@@ -63,6 +67,9 @@ class ModelRef:
     """Every file that a release needs: path → bytes."""
     config: dict[str, Any]
     parameters: int
+    multiplied: int
+    """Parameters that every token is multiplied with: all but the embedding tables, which are looked up; of a language
+    model that has no output layer of its own, its table is one."""
     dtype: str
     """The dtype that most elements have, as "float32", "bfloat16", "float16"."""
     tensors: dict[str, str]
@@ -173,6 +180,7 @@ def describe(
         files=files,
         config=config,
         parameters=sum(elements for _, elements in header.values()),
+        multiplied=_multiplied(config, header),
         dtype=_dtype(source, header),
         tensors={name: dtype for name, (dtype, _) in header.items()},
         card=_card(source),
@@ -247,6 +255,14 @@ def _config(source: Source) -> dict[str, Any]:
             "hardener never runs code from a model repository"
         )
     return config
+
+
+def _multiplied(config: dict[str, Any], header: Header) -> int:
+    elements = {name: count for name, (_, count) in header.items()}
+    tables = [count for name, count in elements.items() if TABLE.search(name)]
+    speaks = any("CausalLM" in name or "LMHead" in name for name in config.get("architectures") or ())
+    tied = speaks and not any(OUTPUT.search(name) for name in elements)
+    return sum(elements.values()) - sum(tables) + (max(tables, default=0) if tied else 0)
 
 
 def _dtype(source: Source, header: Header) -> str:
