@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -153,10 +153,9 @@ def _check_device(asked: str) -> None:
 def _taken_back(run: RunFolder, repo: str | None, *, fresh: bool) -> Iterator[None]:
     """Take back what a wrong request has begun, an unused repository and an empty run, so that it can be corrected."""
     try:
-        yield
+        with nullcontext() if repo is None else release.accounted_for(run, repo):
+            yield
     except UsageError:
-        if repo is not None:
-            release.withdraw_target(run, repo)
         if fresh and not run.begun:
             run.remove()
         raise
@@ -242,8 +241,8 @@ def _line(
             pushed = run.stage("push", lambda: release.publish(run, repo, report), lambda d: Pushed(**d), asdict)
         else:
             withheld = f"{evidence.word}: {evidence.reason}"
-            if release.withdraw_target(run, repo):
-                withheld += f"; the empty repository {target.repo} was removed again"
+            if said := release.withdraw_target(run, repo):
+                withheld += f"; {said}"
     return Outcome(planned, run.path, report, pushed, withheld, verdict.exit_code(evidence.word, evidence.flags, gate))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hardener import files, hub, recipe_file, verdict
-from hardener.errors import GateError, HubError, UsageError, VerifyError
+from hardener.errors import DivergedError, GateError, HardenerError, HubError, UsageError, VerifyError
 from hardener.push import Pushed, Target, check_request, prepare, push, withdraw
 from hardener.recipe import Recipe
 from hardener.report import Parent, Report
@@ -75,53 +77,91 @@ def check_attacked(run: RunFolder, report: Report) -> None:
 
 def check_target(asked: dict[str, Any], ref: hub.ModelRef) -> None:
     """Check what can be known of the repository asked for without the network."""
-    check_request(asked["push_to"], ref, private=asked["private"], create_pr=asked["create_pr"], branch=asked["branch"])
+    check_request(asked["push_to"], ref, **_how(asked))
 
 
 def target(run: RunFolder, asked: dict[str, Any], ref: hub.ModelRef) -> Target:
     """Check and prepare the repository asked for, as it is now; one that an earlier try made is this run's own."""
-    known = run.result(_key(asked["push_to"]))
-    made = prepare(
-        asked["push_to"],
-        ref,
-        private=asked["private"],
-        create_pr=asked["create_pr"],
-        branch=asked["branch"],
-        first=known and known["first"],
-    )
-    run.keep(_key(asked["push_to"]), asdict(made))
-    return made
+    repo = asked["push_to"]
+    return prepare(repo, ref, **_how(asked), known=_known(run, repo), note=_noted(run, repo))
+
+
+def _how(asked: dict[str, Any]) -> dict[str, Any]:
+    """How to push; a run of before there were tags has asked for none."""
+    return {key: asked.get(key) for key in ("private", "create_pr", "branch", "tag")}
 
 
 def prepared(run: RunFolder, repo: str) -> Target:
-    """The target as `target` left it."""
+    """The target as it was noted last."""
     return Target(**run.result(_key(repo)))
 
 
-def withdraw_target(run: RunFolder, repo: str) -> bool:
-    """Remove the repository that `target` made if nothing was committed to it; return whether it did."""
-    removed = run.result(_key(repo)) is not None and withdraw(prepared(run, repo))
-    if removed:
-        run.forget(_key(repo))
-    return removed
+def _known(run: RunFolder, repo: str) -> Target | None:
+    return prepared(run, repo) if run.result(_key(repo)) else None
+
+
+def _noted(run: RunFolder, repo: str) -> Callable[[Target], None]:
+    """What keeps a target in the journal."""
+    return lambda target: run.keep(_key(repo), asdict(target))
 
 
 def _key(repo: str) -> str:
     return f"target {repo}"
 
 
+def withdraw_target(run: RunFolder, repo: str) -> str | None:
+    """Remove the repository that this run made if nothing was committed to it; return what became of it, if it did."""
+    made = _known(run, repo)
+    if made is None or not made.created:
+        return None
+    try:
+        if not withdraw(made):
+            return staying(run, repo)
+    except HubError as error:
+        return f"{staying(run, repo)} (it could not be removed: {error})"
+    run.forget(_key(repo))
+    return f"the empty repository {made.repo} was removed again"
+
+
+def staying(run: RunFolder, repo: str) -> str | None:
+    """Name the repository that this run made and has not published, and what can be done with it."""
+    made = _known(run, repo)
+    if made is None or not made.created:
+        return None
+    return f"{made.repo} stays private until the push is repeated; to delete it: hf repos delete {made.repo}"
+
+
+@contextmanager
+def accounted_for(run: RunFolder, repo: str) -> Iterator[None]:
+    """Whatever ends the block early: an unused repository that was made for it goes again, or is named.
+
+    It goes if the run ended for good, and waits for the next try otherwise. An error of hardener says so in its
+    message, any other in its attribute `staying`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        said = withdraw_target(run, repo) if _over(run, error) else staying(run, repo)
+        if said and isinstance(error, HardenerError):
+            error.args = (f"{error}\n{said}",)
+        elif said:
+            vars(error)["staying"] = said
+        raise
+
+
+def _over(run: RunFolder, error: BaseException) -> bool:
+    """Whether going on with the run would end the same way; `run.resumable` tells people."""
+    if isinstance(error, (UsageError, VerifyError, DivergedError)):
+        return True
+    bug = isinstance(error, Exception) and not isinstance(error, HardenerError)
+    return bug and not run.begun
+
+
 def publish(run: RunFolder, repo: str, report: Report) -> Pushed:
     """Push the release to its prepared target, with its verdict as the message."""
     assert report.evidence is not None  # a release is pushed after it was judged
-    target = prepared(run, repo)
-    try:
-        pushed = push(run.release, target, message=f"Hardened with {report.recipe['name']}: {report.evidence.word}")
-    except HubError as error:
-        if target.created and not target.private:
-            raise HubError(f"{error}\n{target.repo} stays private until the push is repeated") from error
-        raise
-    run.keep(_key(repo), asdict(replace(target, first=None)))  # published: it can no longer be withdrawn
-    return pushed
+    message = f"Hardened with {report.recipe['name']}: {report.evidence.word}"
+    return push(run.release, prepared(run, repo), message=message, note=_noted(run, repo))
 
 
 def push_run(
@@ -131,6 +171,7 @@ def push_run(
     private: bool = False,
     create_pr: bool = False,
     branch: str | None = None,
+    tag: str | None = None,
     push_anyway: bool = False,
 ) -> Pushed:
     """Push the release of a finished run. Raises GateError if its evidence does not allow it, unless `push_anyway`.
@@ -150,13 +191,14 @@ def push_run(
         raise GateError(
             f"not pushed — {evidence.word}: {evidence.reason}; --push-anyway publishes it and says so in the card"
         )
-    with run.locked():
+    asked = {"push_to": repo, "private": private, "create_pr": create_pr, "branch": branch, "tag": tag}
+    with run.locked(), accounted_for(run, repo):
         check_attacked(run, report)
         ref = licensed(hub.resolve(run.request["model"], run.request["revision"]), recipe)
         if not allowed:
             report = report.model_copy(update={"pushed_anyway": True})
         write(run, recipe, report, hub.pull(ref))
-        target(run, {"push_to": repo, "private": private, "create_pr": create_pr, "branch": branch}, ref)
+        target(run, asked, ref)
         return publish(run, repo, report)
 
 

@@ -2,7 +2,8 @@
 
 It speaks the routes that the client 2.4 uses for models: reading (info, tree, resolve with ranges, refs),
 creating, uploading (preupload, LFS, one commit as newline-delimited JSON), pull requests, branches, tags,
-settings. With hf_xet switched on, the client meets a 404 on its token route unless `xet_store` is set.
+settings. Every request can be made to fail: refused, put off, dropped, cut short, slow, held (see Fault).
+With hf_xet switched on, the client meets a 404 on its token route unless `xet_store` is set.
 
     with hub_server(tmp_path) as hub:
         hub.add_model("org/model", folder, gated="manual", card={"license": "mit"})
@@ -19,12 +20,13 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -33,6 +35,7 @@ import yaml
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".png", ".model")
 PLAIN_HTTP = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 """For tests that upload without Xet: the client's own call of httpx2 is deprecated there."""
+CREATED = "2026-01-01T00:00:00.000Z"
 NO_REPO = (404, "RepoNotFound", "Repository not found")
 
 
@@ -41,6 +44,17 @@ class Commit:
     oid: str
     title: str
     files: dict[str, bytes]
+
+
+@dataclass
+class Discussion:
+    """A pull request, or a mere discussion, which has no reference."""
+
+    title: str
+    author: str
+    status: str = "open"
+    """open, draft, closed, merged"""
+    is_pull_request: bool = True
 
 
 @dataclass
@@ -54,6 +68,8 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
     """Branch, or refs/pr/N, → commit."""
     tags: dict[str, str] = field(default_factory=dict)
+    discussions: list[Discussion] = field(default_factory=list)
+    """Number 1 is the first."""
 
     def at(self, revision: str) -> Commit | None:
         oid = self.refs.get(revision) or self.tags.get(revision) or revision
@@ -85,17 +101,23 @@ class Request:
     """Bytes of the answer's body."""
 
 
+How = int | Literal["cut", "slow", "held"] | None
+PUT_OFF = {"Retry-After": "0", "RateLimit": '"api";r=0;t=0', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+"""What the Hub says beside status 429."""
+
+
 @dataclass
 class Fault:
     """What happens to requests whose "METHOD /path" matches."""
 
     pattern: str
-    status: int | None
-    """None: the connection is dropped."""
+    how: How
+    """A status; None: the connection is dropped; cut: half of the answer's body comes; slow: it comes in drops;
+    held: no answer, until the server ends."""
     skip: int
     times: int
     after: bool
-    """True: the server does the work and only then fails."""
+    """True: the server does the work and only then fails. An answer that is cut, slow or held has its work done."""
 
 
 class Refusal(Exception):
@@ -115,6 +137,8 @@ class Hub:
         self.role = "write"
         self.writable = {"me", "org"}
         self.pull_requests = True
+        self.redirects = False
+        """Send readers of LFS files to another path, as the real Hub does."""
         self.xet_store: Path | None = None
         """Folder in which hf_xet stores what it uploads; this server cannot read it. None: no Xet."""
         self.announces_xet = False
@@ -125,6 +149,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.corrupt: set[str] = set()
         """Paths of which the server loses a byte on arrival."""
+        self.ended = threading.Event()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -171,9 +196,9 @@ class Hub:
         model.add("main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return model
 
-    def fail(self, pattern: str, status: int | None, *, skip: int = 0, times: int = 1, after: bool = False) -> None:
+    def fail(self, pattern: str, how: How, *, skip: int = 0, times: int = 1, after: bool = False) -> None:
         """Let the next `times` matching requests fail, after `skip` good ones. See Fault."""
-        self.faults.append(Fault(pattern, status, skip, times, after))
+        self.faults.append(Fault(pattern, how, skip, times, after or how in ("cut", "slow", "held")))
 
     def asked(self, pattern: str) -> list[Request]:
         """All requests so far whose "METHOD /path" matches."""
@@ -225,11 +250,19 @@ class Call:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
 
-    def may_write(self, name: str) -> None:
+    def may_write(self, name: str, ref: str = "main") -> None:
+        """Everyone who has a token may write to a pull request of theirs."""
         if not self.known:
             raise Refusal(401, None, "Invalid username or password.")
-        if self.hub.role == "read" or name.split("/")[0] not in self.hub.writable:
+        mine = ref.startswith("refs/pr/") and self.request(name, ref).author == self.hub.user
+        if self.hub.role == "read" or not (mine or name.split("/")[0] in self.hub.writable):
             raise Refusal(403, None, "You don't have the rights to write here")
+
+    def request(self, name: str, ref: str) -> Discussion:
+        number = int(ref.removeprefix("refs/pr/"))
+        if not 0 < number <= len(self.repo(name).discussions):
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {ref}")
+        return self.repo(name).discussions[number - 1]
 
 
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Answer]]] = []
@@ -250,6 +283,11 @@ def git_blob(data: bytes) -> str:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def known_as(path: str, data: bytes) -> str:
+    """By what hash the Hub knows a file."""
+    return sha256(data) if is_lfs(path) else git_blob(data)
 
 
 def is_lfs(path: str) -> bool:
@@ -317,11 +355,24 @@ def resolve(call: Call, name: str, revision: str, path: str) -> Answer:
     data = commit.files.get(unquote(path))
     if data is None:
         raise Refusal(404, "EntryNotFound", "Entry not found")
-    etag = sha256(data) if is_lfs(path) else git_blob(data)
+    etag = known_as(path, data)
     headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
     if call.hub.announces_xet and is_lfs(path):
         headers["X-Xet-Hash"] = sha256(data)
         headers["X-Xet-Refresh-Route"] = f"{call.hub.url}/api/models/{name}/xet-read-token/{commit.oid}"
+    if call.hub.redirects and is_lfs(path):
+        call.hub.objects[etag] = data
+        linked = {"X-Linked-ETag": headers.pop("ETag"), "X-Linked-Size": str(len(data))}
+        return Answer(b"", 302, {**headers, **linked, "Location": f"{call.hub.url}/cdn/{etag}"})
+    return ranged(call, data, headers)
+
+
+@route("(GET|HEAD)", "/cdn/(?P<oid>[0-9a-f]{64})")
+def cdn(call: Call, oid: str) -> Answer:
+    return ranged(call, call.hub.objects[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
+
+
+def ranged(call: Call, data: bytes, headers: dict[str, str]) -> Answer:
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", call.headers.get("range", ""))
     if asked is None:
         return Answer(data, 200, headers)
@@ -368,6 +419,8 @@ def branch(call: Call, name: str, branch: str) -> Answer:
     if call.method == "DELETE":
         del call.repo(name).refs[unquote(branch)]
     else:
+        if unquote(branch) in call.repo(name).refs:
+            raise Refusal(409, None, "Branch reference exists already")
         start = call.json.get("startingPoint", "main")
         call.repo(name).refs[unquote(branch)] = call.commit(name, start).oid
     return answer({})
@@ -376,8 +429,27 @@ def branch(call: Call, name: str, branch: str) -> Answer:
 @route("POST", f"/api/models/{ID}/tag/(?P<revision>[^/]+)")
 def tag(call: Call, name: str, revision: str) -> Answer:
     call.may_write(name)
+    if call.json["tag"] in call.repo(name).tags:
+        raise Refusal(409, None, "Tag reference exists already")
     call.repo(name).tags[call.json["tag"]] = call.commit(name, unquote(revision)).oid
     return answer({})
+
+
+@route("GET", f"/api/models/{ID}/discussions")
+def discussions(call: Call, name: str) -> Answer:
+    """Pages of two, so that a client which reads one page only is found out."""
+    if not call.hub.pull_requests:
+        raise Refusal(404, None, "Not found")
+    wanted = {key: values[0] for key, values in call.query.items()}
+    found = [
+        {"num": number, "title": one.title, "status": one.status, "isPullRequest": one.is_pull_request}
+        | {"author": {"name": one.author}, "repo": {"name": name, "type": "model"}, "createdAt": CREATED}
+        for number, one in reversed(list(enumerate(call.repo(name).discussions, 1)))
+        if one.author == wanted.get("author", one.author)
+        if one.is_pull_request or wanted.get("type") != "pull_request"
+    ]
+    start = 2 * int(wanted.get("p", 0))
+    return answer({"count": len(found), "start": start, "discussions": found[start : start + 2]})
 
 
 # --- uploading -------------------------------------------------------------------------------------------
@@ -395,13 +467,14 @@ def validate_yaml(call: Call) -> Answer:
 @route("POST", f"/api/models/{ID}/preupload/(?P<revision>[^/]+)")
 def preupload(call: Call, name: str, revision: str) -> Answer:
     if "create_pr" not in call.query:
-        call.may_write(name)
-    call.commit(name, unquote(revision))
+        call.may_write(name, unquote(revision))
+    there = call.commit(name, unquote(revision)).files
     modes = [
         {
             "path": one["path"],
             "uploadMode": "lfs" if is_lfs(one["path"]) else "regular",
             "shouldIgnore": False,
+            "oid": known_as(one["path"], there[one["path"]]) if one["path"] in there else None,
         }
         for one in call.json["files"]
     ]
@@ -452,9 +525,9 @@ def commit(call: Call, name: str, revision: str) -> Answer:
     as_pr = "create_pr" in call.query
     if as_pr and not call.hub.pull_requests:
         raise Refusal(501, None, "Pull requests are not implemented")
-    if not as_pr:
-        call.may_write(name)
     repo, ref = call.repo(name), unquote(revision)
+    if not as_pr:
+        call.may_write(name, ref)
     parent = call.commit(name, ref)
     lines = [json.loads(line) for line in call.body.splitlines()]
     header = lines[0]["value"]
@@ -462,7 +535,8 @@ def commit(call: Call, name: str, revision: str) -> Answer:
         raise Refusal(412, None, "A commit has happened since. Please refresh and try again.")
     files = changed(call.hub, parent.files, lines[1:])
     if as_pr:
-        ref = f"refs/pr/{1 + sum(one.startswith('refs/pr/') for one in repo.refs)}"
+        repo.discussions.append(Discussion(header["summary"], call.hub.user))
+        ref = f"refs/pr/{len(repo.discussions)}"
     made = repo.add(ref, header["summary"], files)
     reply = {"success": True, "commitOid": made.oid, "commitUrl": f"{call.hub.url}/{name}/commit/{made.oid}"}
     if as_pr:
@@ -501,13 +575,14 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.due(f"{self.command} {url.path}")
         reply = Answer() if fault and not fault.after else self.routed(url.path, url.query, body)
-        if fault and fault.status is None:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
+        how = fault.how if fault else "well"
+        if how is None:
+            self.hang_up()
             return
-        if fault:
+        if isinstance(how, int):
             # The worst that a server or proxy can do: repeat what it was sent, in a text that is shown to people.
-            reply = answer({"error": f"bad day for {self.headers.get('Authorization')}"}, fault.status)
+            reply = answer({"error": f"bad day for {self.headers.get('Authorization')}"}, how)
+            reply.headers |= PUT_OFF if how == 429 else {}
         self.hub.requests.append(
             Request(
                 self.command,
@@ -517,7 +592,10 @@ class Handler(BaseHTTPRequestHandler):
                 0 if self.command == "HEAD" else len(reply.body),
             )
         )
-        self.send(reply)
+        if how == "held":
+            self.hub.ended.wait()
+            return
+        self.send(reply, how)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
@@ -548,15 +626,28 @@ class Handler(BaseHTTPRequestHandler):
                 reply.headers["X-Error-Code"] = refusal.code
             return reply
 
-    def send(self, reply: Answer) -> None:
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def send(self, reply: Answer, how: object) -> None:
         self.send_response(reply.status)
         for key, value in reply.headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(reply.body)))
         self.send_header("Connection", "close")  # else each idle connection holds a thread beyond the end
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(reply.body)
+        if self.command == "HEAD":
+            return
+        if how == "slow":
+            step = max(1, len(reply.body) // 8)
+            for start in range(0, len(reply.body), step):
+                self.wfile.write(reply.body[start : start + step])
+                time.sleep(0.01)
+            return
+        self.wfile.write(reply.body[: len(reply.body) // 2] if how == "cut" else reply.body)
+        if how == "cut":
+            self.hang_up()
 
 
 @contextmanager
@@ -571,6 +662,7 @@ def hub_server(home: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()

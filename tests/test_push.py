@@ -15,6 +15,7 @@ from test_hub import WEIGHTS, contents, made, parent, plain, release, server, sh
 from hardener import push
 from hardener.errors import HubError, UsageError
 from hardener.metadata import ModelRef
+from hardener.push import Pushed, Target
 
 pytestmark = PLAIN_HTTP
 
@@ -42,6 +43,7 @@ PREPARATIONS = {
     "the parent": ({"repo": "org/Model"}, UsageError, "is the parent itself"),
     "request to nothing": ({"create_pr": True}, UsageError, "leave out --create-pr"),
     "branch of nothing": ({"branch": "v2"}, UsageError, "leave out --create-pr or --branch"),
+    "tagged request": ({"create_pr": True, "tag": "v1"}, UsageError, "leave out --tag"),
     "request and branch": ({"create_pr": True, "branch": "v2"}, UsageError, "leave out"),
     "foreign namespace": ({"repo": "other/hardened"}, HubError, "HF_TOKEN lacks the right"),
 }
@@ -100,11 +102,16 @@ def test_gated_weights_do_not_go_to_an_open_repository(server: Hub, plain: Path,
         push.prepare("me/open", parent, private=True)
 
 
-def test_a_target_that_cannot_be_gated_is_removed_again(server: Hub, parent: ModelRef) -> None:
+def test_a_target_that_cannot_be_gated_stays_private_and_is_gated_by_the_next_try(
+    server: Hub, parent: ModelRef
+) -> None:
+    noted: list[Target] = []
     server.fail("PUT .*/settings", 400)
     with pytest.raises(HubError, match="status 400"):
-        push.prepare("me/hardened", replace(parent, gated="manual"))
-    assert "me/hardened" not in server.repos
+        push.prepare("me/hardened", replace(parent, gated="manual"), note=noted.append)
+    assert (server.repos["me/hardened"].private, noted[-1].created) == (True, True)
+    push.prepare("me/hardened", replace(parent, gated="manual"), known=noted[-1])
+    assert server.repos["me/hardened"].gated == "manual"
 
 
 def test_withdraw_removes_only_what_this_run_made_and_nobody_used(server: Hub, parent: ModelRef) -> None:
@@ -112,7 +119,7 @@ def test_withdraw_removes_only_what_this_run_made_and_nobody_used(server: Hub, p
     again = push.prepare("me/hardened", parent)
     assert push.withdraw(again) is False
     assert push.withdraw(target) is True
-    assert push.withdraw(target) is False
+    assert push.withdraw(target) is True  # it is gone
     assert "me/hardened" not in server.repos
     used = push.prepare("me/used", parent)
     server.repos["me/used"].add("main", "somebody", {})
@@ -124,13 +131,13 @@ def test_withdraw_removes_only_what_this_run_made_and_nobody_used(server: Hub, p
 
 
 def test_a_release_goes_up_in_one_commit_and_becomes_public(server: Hub, parent: ModelRef, made: Path) -> None:
-    target = push.prepare("me/hardened", replace(parent, gated="manual"))
-    pushed = push.push(made, target, message="Harden org/model", tag="v1")
+    target = push.prepare("me/hardened", replace(parent, gated="manual"), tag="v1")
+    pushed = push.push(made, target, message="Harden org/model")
     repo = server.repos["me/hardened"]
     assert [one.title for one in repo.commits] == ["initial commit", "Harden org/model"]
     assert remote(server, "me/hardened") == contents(made)
     assert (repo.private, repo.gated, repo.tags) == (False, "manual", {"v1": repo.head.oid})
-    assert pushed == push.Pushed("me/hardened", repo.head.oid, f"{server.url}/me/hardened", None)
+    assert pushed == Pushed("me/hardened", repo.head.oid, f"{server.url}/me/hardened", None)
     lines = [f"{one.method} {one.path}" for one in server.requests]
     checked = max(i for i, line in enumerate(lines) if line.startswith("GET /api/models/me/hardened/tree/"))
     public = max(i for i, line in enumerate(lines) if line.startswith("PUT /api/models/me/hardened/settings"))
@@ -256,10 +263,12 @@ def test_a_folder_and_its_sums_must_agree(parent: ModelRef, made: Path) -> None:
 
 
 def test_a_taken_tag_is_refused_before_the_commit(server: Hub, parent: ModelRef, made: Path) -> None:
-    target = push.prepare("me/hardened", parent)
+    target = push.prepare("me/hardened", parent, tag="v1")
     server.repos["me/hardened"].tags["v1"] = server.repos["me/hardened"].head.oid
     with pytest.raises(UsageError, match="tag v1 already"):
-        push.push(made, target, message="m", tag="v1")
+        push.prepare("me/hardened", parent, tag="v1")
+    with pytest.raises(UsageError, match="tag v1 already"):  # taken during the compute
+        push.push(made, target, message="m")
     assert len(server.repos["me/hardened"].commits) == 1
 
 
