@@ -17,9 +17,10 @@ from hardener.run import RunFolder
 
 
 def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
-    """Put report, recipe, plots, card and sums beside the weights."""
-    from hardener import card, plots, sources
+    """Put report, recipe, plots, card, BOM and sums beside the weights, and sign it all if the run was asked to."""
+    from hardener import bom, card, plots, signing, sources
 
+    (run.release / files.SIGNATURE).unlink(missing_ok=True)  # it holds for the files of before
     beside = run.release / "hardener"
     beside.mkdir(parents=True, exist_ok=True)
     files.write_text(beside / "report.json", report.model_dump_json(indent=1) + "\n")
@@ -28,17 +29,18 @@ def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
     readme = parent / "README.md"
     parent_card = readme.read_text("utf-8", errors="replace") if readme.is_file() else None
     files.write_text(run.release / "README.md", card.render(report, parent_card=parent_card, plots=names))
+    files.write_json(run.release / bom.NAME, bom.bom(report, run.release))
     write_sums(run.release)
+    if (asked := run.request.get("sign")) is not None:
+        signing.sign(run.release, signing.chosen(asked))
 
 
 def write_sums(release: Path) -> None:
-    """Write SHA256SUMS over every file of the release, in the format of `sha256sum`."""
-    lines = [
-        f"{files.sha256(path)}  {path.relative_to(release).as_posix()}\n"
-        for path in sorted(release.rglob("*"))
-        if path.is_file() and path.name != "SHA256SUMS"
-    ]
-    files.write_text(release / "SHA256SUMS", "".join(lines))
+    """Write SHA256SUMS over every file of the release but `files.UNSUMMED`, in the format of `sha256sum`."""
+    paths = (path for path in sorted(release.rglob("*")) if path.is_file())
+    names = ((path, path.relative_to(release).as_posix()) for path in paths)
+    lines = [f"{files.sha256(path)}  {name}\n" for path, name in names if name not in files.UNSUMMED]
+    files.write_text(release / files.SUMS, "".join(lines))
 
 
 def licensed(ref: hub.ModelRef, recipe: Recipe) -> hub.ModelRef:
