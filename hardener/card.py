@@ -1,14 +1,13 @@
 """`report.json` → `README.md`: the model card, whose every number is found in the report. Pure.
 
 The wording comes from `summary.py`, the layout from `cards/model_card.md.j2`. Whatever the template prints is
-made inert for Markdown and HTML unless it is marked as Markdown here; the parent's card is quoted as text.
+made inert for Markdown and HTML unless it is marked as Markdown; the parent's card is quoted as text.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -16,9 +15,11 @@ from urllib.parse import quote
 import yaml
 
 from hardener import markdown, summary, tables
+from hardener import template as templates
 from hardener.recipe import Recipe
 from hardener.report import DataRecord, Measures, Report
 from hardener.resources import shipped
+from hardener.template import Facts, Markdown, code, short
 
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
 
@@ -58,10 +59,6 @@ ALT = {
 }
 
 
-class Markdown(str):
-    """Text that is Markdown already and is printed as it stands."""
-
-
 def render(
     report: Report,
     *,
@@ -71,22 +68,9 @@ def render(
 ) -> str:
     """The complete README.md; `plots` are file names relative to the repository.
 
-    `template` replaces the shipped Jinja template; it runs in a sandbox and must not name an unknown variable
-    (jinja2.UndefinedError).
+    `template` replaces the shipped Jinja template; see `template.py`, and raises as it does.
     """
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import SandboxedEnvironment
-
-    environment = SandboxedEnvironment(
-        undefined=StrictUndefined,
-        finalize=_inert,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(FILTERS)
-    source = template or shipped("cards") / "model_card.md.j2"
-    body = environment.from_string(source.read_text("utf-8")).render(_facts(report, parent_card, plots))
+    body = templates.fill(template or shipped("cards") / "model_card.md.j2", _facts(report, parent_card, plots))
     front = yaml.safe_dump(metadata(report, parent_card), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n{body}"
 
@@ -187,7 +171,7 @@ def _dataset(record: DataRecord) -> dict[str, Any]:
     return {"type": record.source, "name": f"{record.source} (held-out rows)", **revision}
 
 
-def _facts(report: Report, parent_card: str | None, plots: tuple[str, ...]) -> dict[str, Any]:
+def _facts(report: Report, parent_card: str | None, plots: tuple[str, ...]) -> Facts:
     """Everything that the template may print."""
     front = metadata(report, parent_card)
     return {
@@ -233,7 +217,7 @@ def _title(report: Report) -> str:
 def _parent(report: Report) -> Markdown:
     """The parent as a link to its page; a local one by its name alone."""
     if report.parent.local:
-        return _code(report.parent.id)
+        return code(report.parent.id)
     return Markdown(f"[{tables.escape(report.parent.id)}]({_page(report)})")
 
 
@@ -283,11 +267,11 @@ def _data_table(report: Report) -> Markdown:
         (
             record.role,
             record.use,
-            _short(record.source) if record.source.startswith("local:") else record.source,
-            _short(record.revision or "–"),
+            short(record.source) if record.source.startswith("local:") else record.source,
+            short(record.revision or "–"),
             str(record.rows),
             str(record.dropped),
-            _short(record.sha256),
+            short(record.sha256),
             record.license or "not stated",
         )
         for record in report.data
@@ -300,7 +284,7 @@ def _beside_table(report: Report) -> Markdown:
     columns = ("Source", "Measure", "Original", "Hardened", "Share of the original's gain")
     rows = [
         (
-            _short(b.source) if b.source.startswith("local:") else b.source,
+            short(b.source) if b.source.startswith("local:") else b.source,
             "NLL, nats per token" if b.score == "likelihood-gain" else b.score,
             "–" if b.original is None else f"{b.original:.2f} → {b.original_attacked:.2f}",
             f"{b.hardened:.2f} → {b.hardened_attacked:.2f}",
@@ -346,34 +330,3 @@ def _fenced(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _short(digest: str) -> str:
-    """A hash or commit, short enough to read; in full it is in the report."""
-    return digest if len(digest) <= 20 else f"{digest[:18]}…"
-
-
-def _code(text: str) -> Markdown:
-    """Inline code; what could end it or a table cell is left out."""
-    return Markdown("`" + re.sub(r"[`|<>]", "", " ".join(str(text).split())) + "`")
-
-
-def _link(title: str, url: str) -> Markdown:
-    """A link if the address is one of the web, else the title alone."""
-    if not url.startswith(("https://", "http://")):
-        return Markdown(tables.escape(title))
-    return Markdown(f"[{tables.escape(title)}]({quote(url, safe=':/?&=#%+~.,-_')})")
-
-
-def _inert(value: Any) -> str:
-    """What `{{ … }}` prints: Markdown as it stands, all else escaped."""
-    return value if isinstance(value, Markdown) else tables.escape(str(value))
-
-
-FILTERS: dict[str, Callable[..., str]] = {
-    "code": _code,
-    "link": _link,
-    "short": _short,
-    "grouped": lambda number: f"{number:,}",
-    "compact": lambda number: f"{number:.2g}",
-}

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import get_args
 
-import jinja2
 import pytest
 import sample_report as sample
 import yaml
@@ -16,8 +15,9 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from hardener import markdown, summary, tables, terminal
+from hardener import markdown, summary, tables, template, terminal
 from hardener.card import metadata, render
+from hardener.errors import UsageError
 from hardener.report import Interval, Report, Word
 
 WORDS = get_args(Word)
@@ -548,15 +548,34 @@ def test_a_web_address_becomes_a_link_and_nothing_else_does():
 
 
 def test_a_template_of_ones_own_is_strict_and_has_no_way_out(tmp_path):
-    template = tmp_path / "card.md.j2"
-    template.write_text("{{ verdict }} of {{ parent }}\n")
-    assert body(render(sample.language_model(), template=template)).strip().startswith("raises cost of [acme")
-    template.write_text("{{ vredict }}")
-    with pytest.raises(jinja2.UndefinedError, match="vredict"):
-        render(sample.language_model(), template=template)
-    template.write_text("{{ report.__class__.__mro__ }}")
-    with pytest.raises(jinja2.exceptions.SecurityError):
-        render(sample.language_model(), template=template)
+    mine = tmp_path / "card.md.j2"
+    mine.write_text("{{ verdict }} of {{ parent }}\n")
+    assert body(render(sample.language_model(), template=mine)).strip().startswith("raises cost of [acme")
+    for text, said in (
+        ("{{ vredict }}", "'vredict' is undefined"),
+        ("{{ report.__class__.__mro__ }}", "unsafe"),
+        ("a\n{% if %}", "line 2"),
+        ("{% include '/etc/hostname' %}", "/etc/hostname"),
+        ("{{ 1 + verdict }}", "unsupported operand"),
+    ):
+        mine.write_text(text)
+        with pytest.raises(UsageError, match=said):
+            render(sample.language_model(), template=mine)
+
+
+def test_a_wrong_template_is_refused_before_any_work(tmp_path):
+    mine = tmp_path / "card.md.j2"
+    with pytest.raises(UsageError, match="cannot be read"):
+        template.check(mine)
+    mine.write_text("{{ verdict }}{% for q, a in answers %}{{ q }}{% endfor %}")
+    template.check(mine)
+    mine.write_text("{{ vredict }} {{ os }}")
+    with pytest.raises(UsageError, match=r"prints os, vredict; a card has absolute, access"):
+        template.check(mine)
+    mine.write_text("{{ verdict")
+    with pytest.raises(UsageError, match="line 1"):
+        template.check(mine)
+    template.check(Path(__file__).parents[1] / "cards" / "model_card.md.j2")
 
 
 def test_equal_reports_have_equal_cards_in_whatever_order_they_are_rendered():
