@@ -142,8 +142,12 @@ def _why(error: BaseException) -> str:
     absent = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, errors.OfflineModeIsEnabled)
     if isinstance(error, (TransportError, InvalidURL, *absent)):
         if is_offline_mode():
-            return f"HF_HUB_OFFLINE is set and the cache does not hold it; fetch it once online ({said})"
+            return f"HF_HUB_OFFLINE is set and the cache does not hold it; fetch it online with `hf download` ({said})"
         return f"no answer from {client().endpoint}; check the network and HF_ENDPOINT ({said})"
+    if isinstance(error, ConnectionError):
+        return f"the connection broke; run the same line again, at need with HF_HUB_DISABLE_XET=1 ({said})"
+    if said.startswith("Invalid metadata in README.md"):
+        return f"{said}; nothing was sent: correct the `card` section of the recipe"
     return said
 
 

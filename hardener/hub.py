@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hardener.client import check_id, client, explained, or_without_xet
 from hardener.errors import HubError, UnsupportedModelError, UsageError
@@ -46,16 +46,42 @@ def pull(ref: ModelRef, progress: Callable[[str], None] | None = None) -> Path:
 
     Raises HubError naming the files that are missing or not what was resolved.
     """
+    from huggingface_hub.errors import IncompleteSnapshotError
+
     if ref.folder is not None:
         return ref.folder
     if progress is not None:
         progress(f"fetching {ref.id}: {len(ref.files)} files, {ref.bytes / 1e9:.2f} GB")
-    patterns = [glob.escape(name) for name in ref.files]
+    assert ref.commit is not None  # it is no folder
     with explained(ref.id):
-        folder = Path(
-            or_without_xet(lambda: client().snapshot_download(ref.id, revision=ref.commit, allow_patterns=patterns))
-        )
+        try:
+            folder = _snapshot(client(), ref.id, ref.commit, allow=[glob.escape(name) for name in ref.files])
+        except IncompleteSnapshotError as error:  # it names three files at most
+            folder = Path(error.snapshot_path)
     _compare(folder, ref)
+    return folder
+
+
+def _snapshot(
+    api: HfApi, repo: str, commit: str, *, allow: list[str] | None = None, ignore: list[str] | None = None
+) -> Path:
+    """Fetch files of a commit; with HF_HUB_OFFLINE=1 find them, or raise IncompleteSnapshotError."""
+    from huggingface_hub import get_cached_repo_tree, is_offline_mode
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    offline = is_offline_mode()
+
+    def fetch() -> str:
+        return api.snapshot_download(
+            repo, revision=commit, allow_patterns=allow, ignore_patterns=ignore, local_files_only=offline
+        )
+
+    folder = Path(or_without_xet(fetch))
+    if not offline:
+        try:
+            get_cached_repo_tree(repo, revision=commit)
+        except CachedRepoTreeNotFoundError:  # refused or not answered: it returned what it has in silence
+            api.model_info(repo, revision=commit)  # raises the reason
     return folder
 
 
@@ -64,11 +90,8 @@ def verify_remote(repo: str, revision: str | None = None) -> Path:
     _check_remote(repo)
     api = client()
     with explained(repo):
-        commit = api.resolve_revision(repo, revision=revision).resolved
-        folder = or_without_xet(
-            lambda: api.snapshot_download(repo, revision=commit, ignore_patterns=[".gitattributes"])
-        )
-    return Path(folder)
+        commit = _pinned(api, repo, revision)
+        return _snapshot(api, repo, commit, ignore=[".gitattributes"])
 
 
 def evidence(repo: str) -> Path:
@@ -76,15 +99,32 @@ def evidence(repo: str) -> Path:
     _check_remote(repo)
     api = client()
     with explained(repo):
-        commit = api.resolve_revision(repo).resolved
-        return Path(or_without_xet(lambda: api.snapshot_download(repo, revision=commit, allow_patterns="hardener/*")))
+        commit = _pinned(api, repo, None)
+        return _snapshot(api, repo, commit, allow=["hardener/*"])
 
 
 def dataset_commit(dataset: str, revision: str | None = None) -> str:
     """The commit of a Hub dataset at a revision, from the cache if offline. Raises HubError."""
     check_id(dataset)
     with explained(f"the dataset {dataset}"):
-        return client().resolve_revision(dataset, repo_type="dataset", revision=revision).resolved
+        return _pinned(client(), dataset, revision, "dataset")
+
+
+def _pinned(api: HfApi, repo: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> str:
+    """The commit of a revision, which the client notes for an offline run later.
+
+    Where the Hub fails to answer, the client takes its last note in silence; here that is an error unless
+    HF_HUB_OFFLINE=1 asked for it.
+    """
+    from huggingface_hub import is_offline_mode
+
+    commit = api.resolve_revision(repo, repo_type=kind, revision=revision).resolved
+    if is_offline_mode() or commit == revision:
+        return commit
+    now = api.repo_info(repo, repo_type=kind, revision=revision).sha
+    if now != commit:
+        raise HubError(f"{repo} is at commit {now}, and was at {commit} a moment ago; run the same line again")
+    return commit
 
 
 def _check_remote(name: str) -> None:
@@ -108,8 +148,7 @@ def _online(model: str, revision: str | None) -> ModelRef:
             info = api.model_info(model, revision=revision)
         except RevisionNotFoundError:
             raise HubError(f"{model} has no revision {revision}; {_near(api, model, str(revision))}") from None
-        # Asked once more, because this call also notes the commit in the cache, for an offline run later.
-        commit = api.resolve_revision(info.id, revision=revision).resolved
+        commit = _pinned(api, info.id, revision)
         tree = api.list_repo_tree(info.id, recursive=True, revision=commit)
         sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
     source = Remote(info.id, api, commit, sizes)
@@ -144,7 +183,7 @@ def _cached(model: str, revision: str | None) -> ModelRef:
         _require(folder, release_files(source), model, commit)
         return describe(source, commit=commit)
     except UnsupportedModelError as error:
-        raise HubError(f"{error}\nHF_HUB_OFFLINE is set: {_fetch(model, commit)} if the cache is incomplete") from None
+        raise HubError(f"{error}\nHF_HUB_OFFLINE is set: if the cache is incomplete, {_fetch(model, commit)}") from None
 
 
 def _compare(folder: Path, ref: ModelRef) -> None:
@@ -152,7 +191,9 @@ def _compare(folder: Path, ref: ModelRef) -> None:
     _require(folder, ref.files, ref.id, ref.commit)
     header = headers(Folder(ref.id, folder, ref.files))
     if {name: dtype for name, (dtype, _) in header.items()} != ref.tensors:
-        raise HubError(f"{ref.id}: the weights in the cache are not those on the Hub; {_fetch(ref.id, ref.commit)}")
+        raise HubError(
+            f"{ref.id}: the weights in the cache are not those on the Hub; {_fetch(ref.id, ref.commit, force=True)}"
+        )
 
 
 def _require(folder: Path, files: dict[str, int], repo: str, commit: str | None) -> None:
@@ -161,8 +202,11 @@ def _require(folder: Path, files: dict[str, int], repo: str, commit: str | None)
     wrong = [name for name in files if name not in absent and (folder / name).stat().st_size != files[name]]
     if absent or wrong:
         problems = [f"missing {name}" for name in absent] + [f"wrong size of {name}" for name in wrong]
-        raise HubError(f"{repo}: the cache is incomplete: {', '.join(problems)}; {_fetch(repo, commit)}")
+        command = _fetch(repo, commit, [*absent, *wrong], force=bool(wrong))
+        raise HubError(f"{repo}: the cache is incomplete: {', '.join(problems)}; {command}")
 
 
-def _fetch(repo: str, commit: str | None) -> str:
-    return f"fetch it once online with `hf download {repo} --revision {commit} --force-download`"
+def _fetch(repo: str, commit: str | None, files: Sequence[str] = (), *, force: bool = False) -> str:
+    """The one command that mends a cache: of the whole repository where it is not known what is missing."""
+    words = ["hf download", repo, *files, f"--revision {commit}", *(["--force-download"] if force else [])]
+    return f"fetch it once online with `{' '.join(words)}`"

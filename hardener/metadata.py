@@ -203,7 +203,9 @@ def weight_files(source: Source) -> list[str]:
     if "model_index.json" in source.sizes:
         raise UnsupportedModelError(f"{source.id} is a pipeline of several models; harden one of them at a time")
     found = sorted({suffix for name in source.sizes if (suffix := Path(name).suffix) in OTHER_FORMATS})
-    kinds = ", ".join(dict.fromkeys(OTHER_FORMATS[suffix] for suffix in found)) or "none at all"
+    if not found:
+        raise UnsupportedModelError(f"{source.id} has no weights: neither {WEIGHTS} nor {INDEX} nor any other format")
+    kinds = ", ".join(dict.fromkeys(OTHER_FORMATS[suffix] for suffix in found))
     raise UnsupportedModelError(
         f"{source.id} has no {WEIGHTS}; its weights are {kinds}. Only safetensors are loaded: convert the "
         "model on a machine you trust (transformers, save_pretrained), or choose an original in safetensors"
@@ -218,8 +220,8 @@ def _shards(source: Source) -> list[str]:
     for name in shards:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UnsupportedModelError(f"{source.id}: {INDEX} points to the foreign file {name!r}")
-        if name not in source.sizes:
-            raise UnsupportedModelError(f"{source.id}: {INDEX} names {name}, which is not there")
+    if absent := [name for name in shards if name not in source.sizes]:
+        raise UnsupportedModelError(f"{source.id}: {INDEX} names what is not there: {', '.join(absent)}")
     return shards
 
 

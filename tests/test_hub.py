@@ -5,6 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_server import PLAIN_HTTP, Hub, hub_server
-from huggingface_hub import constants
+from huggingface_hub import CommitOperationAdd, constants
 from safetensors.numpy import save_file
 
 from hardener import client, hub, push
@@ -262,46 +267,162 @@ def test_a_truncated_file_is_refused_here_and_there(server: Hub, tmp_path: Path,
 # --- what the Hub says ------------------------------------------------------------------------------
 
 
-def test_a_gated_model_says_where_to_ask(server: Hub, plain: Path) -> None:
+def committed(server: Hub, plain: Path, **how: object) -> None:
+    """One commit by the plain client, on a repository that is there."""
+    server.add_model("me/model", plain)
+    files = how.pop("files", {"note.txt": b"text"})
+    adds = [CommitOperationAdd(path, data) for path, data in files.items()]
+    with client.explained("the push"):
+        client.client().create_commit("me/model", adds, commit_message="m", **how)
+
+
+def gated(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
     server.add_model("org/model", plain, gated="auto")
-    with pytest.raises(HubError, match=f"{server.url}/org/model.*read gated") as caught:
-        hub.resolve("org/model")
-    assert caught.value.exit_code == 3
+    hub.resolve("org/model")
 
 
-def test_a_missing_model_may_be_a_private_one(server: Hub) -> None:
-    with pytest.raises(HubError, match=r"org/nothing: no such repository, or it is private.*HF_TOKEN"):
-        hub.resolve("org/nothing")
-
-
-def test_a_missing_revision_names_its_neighbours(server: Hub, plain: Path) -> None:
+def unknown_revision(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
     server.add_model("org/model", plain).tags["v1.0"] = "0" * 40
-    with pytest.raises(HubError, match=r"no revision v1\.1; it has v1\.0"):
-        hub.resolve("org/model", "v1.1")
+    hub.resolve("org/model", "v1.1")
 
 
-def test_an_unreachable_hub_is_named(monkeypatch: pytest.MonkeyPatch, server: Hub) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
-    with pytest.raises(HubError, match=r"no answer from http://127\.0\.0\.1:9;.*HF_ENDPOINT"):
+def unknown_file(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    server.add_model("org/model", plain)
+    with client.explained("org/model"):
+        client.client().hf_hub_download("org/model", "absent.json")
+
+
+def refused(status: int) -> Callable[..., None]:
+    def cause(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+        server.fail("GET /api/models", status, times=99)
         hub.resolve("org/model")
 
+    return cause
 
-@pytest.mark.parametrize(("status", "said"), [(429, "slow down"), (503, "status 503"), (403, "lacks the right")])
-def test_an_answer_of_the_hub_becomes_a_sentence(server: Hub, status: int, said: str) -> None:
-    server.fail("GET /api/models", status)
-    with pytest.raises(HubError, match=said):
-        hub.resolve("org/model")
+
+def stale(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    committed(server, plain, parent_commit="0" * 40)
+
+
+def no_requests(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    server.pull_requests = False
+    committed(server, plain, create_pr=True)
+
+
+def no_xet(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    committed(server, plain, files={WEIGHTS: b"weights"})
+
+
+def no_server(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
+    with client.explained("org/model"):
+        client.client().model_info("org/model")
+
+
+def offline_question(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with client.explained("org/model"):
+        client.client().model_info("org/model")
+
+
+def offline_and_half_there(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    commit = server.add_model("org/model", plain).head.oid
+    (hub.verify_remote("org/model") / WEIGHTS).unlink()
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.verify_remote("org/model", commit)
+
+
+def offline_and_never_seen(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.verify_remote("org/model", "0" * 40)
+
+
+def no_token(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.delenv("HF_TOKEN")
+    with client.explained("the push"):
+        client.client().whoami()
+
+
+def no_publisher(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("HF_OIDC_RESOURCE", "org/model")
+    hub.resolve("org/model")
+
+
+def bad_card(server: Hub, plain: Path, patch: pytest.MonkeyPatch) -> None:
+    committed(server, plain, files={"README.md": b"---\nlicense: My Own\n---\n", WEIGHTS: b"weights"})
+
+
+TOLD: dict[str, tuple[str, Callable[..., None], str]] = {
+    "gated": ("GatedRepoError", gated, r"org/model: access is gated; ask for it at URL/org/model .* read gated"),
+    "missing, or private": (
+        "RepositoryNotFoundError",
+        lambda *_: hub.resolve("org/nothing"),
+        "org/nothing: no such repository, or it is private and the token in HF_TOKEN cannot see it",
+    ),
+    "revision": ("RevisionNotFoundError", unknown_revision, r"org/model has no revision v1\.1; it has v1\.0"),
+    "file": ("RemoteEntryNotFoundError", unknown_file, r"the repository has no file absent\.json"),
+    "403": ("HfHubHTTPError", refused(403), "the token in HF_TOKEN lacks the right to do this; it needs write access"),
+    "412": ("HfHubHTTPError", stale, "changed in the meantime and nothing was pushed; push again, or as a pull"),
+    "429": ("HfHubHTTPError", refused(429), "asks to slow down; wait a few minutes and run the same line again"),
+    "501": ("HfHubHTTPError", no_requests, "this server has no pull requests; push to a branch instead"),
+    "503": ("HfHubHTTPError", refused(503), "failed with status 503; nothing is lost, run the same line again later"),
+    "no Xet": ("ConnectionError", no_xet, "the connection broke; run the same line again.*HF_HUB_DISABLE_XET=1"),
+    "no server": (
+        "ConnectError",
+        no_server,
+        r"no answer from http://127\.0\.0\.1:9; check the network and HF_ENDPOINT",
+    ),
+    "offline": ("OfflineModeIsEnabled", offline_question, "HF_HUB_OFFLINE is set.*fetch it online with `hf download`"),
+    "half there": (
+        "IncompleteSnapshotError",
+        offline_and_half_there,
+        rf"HF_HUB_OFFLINE is set.*`hf download`.*1 file\(s\) are missing \({WEIGHTS}\)",
+    ),
+    "never seen": ("LocalEntryNotFoundError", offline_and_never_seen, "HF_HUB_OFFLINE is set.*`hf download`"),
+    "no token": ("LocalTokenNotFoundError", no_token, "no token is set; run `hf auth login`, or set HF_TOKEN"),
+    "publisher": ("OIDCError", no_publisher, "check `id-token: write` and the repository's trusted publisher entry"),
+    "card": ("ValueError", bad_card, '"license" must be one of.*nothing was sent: correct the `card` section'),
+}
+"""Case → the client's exception, what causes it, and the sentence that it becomes."""
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_every_failure_of_the_client_becomes_a_sentence_that_says_what_to_do(
+    server: Hub, plain: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    name, cause, said = TOLD[case]
+    with pytest.raises(HubError, match=said.replace("URL", server.url)) as caught:
+        cause(server, plain, monkeypatch)
+    assert caught.value.exit_code == 3
+    assert type(caught.value.__cause__ or caught.value.__context__).__name__ == name
+    assert server.asked("PUT /lfs/") == []
+
+
+def test_a_gated_or_private_parent_is_pulled_where_the_token_may(server: Hub, plain: Path) -> None:
+    server.add_model("org/gated", plain, gated="manual").granted = True
+    server.add_model("me/private", plain, private=True)
+    for name, gate, private in (("org/gated", "manual", False), ("me/private", False, True)):
+        ref = hub.resolve(name)
+        assert (ref.gated, ref.private) == (gate, private)
+        assert (hub.pull(ref) / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("how", [{"gated": "manual"}, {"private": True}])
+def test_a_parent_that_was_closed_before_the_pull_is_refused_in_words(
+    server: Hub, plain: Path, how: dict[str, object]
+) -> None:
+    repo = server.add_model("other/model", plain)
+    ref = hub.resolve("other/model")
+    repo.private, repo.gated = bool(how.get("private")), how.get("gated", False)
+    with pytest.raises(HubError, match=r"access is gated|no such repository, or it is private"):
+        hub.pull(ref)
 
 
 def test_a_full_disk_is_no_fault_of_the_hub() -> None:
     with pytest.raises(ResourceError, match="set HF_HOME"), hub.explained("org/model"):
         raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_failed_trusted_publisher_exchange_is_explained(monkeypatch: pytest.MonkeyPatch, server: Hub) -> None:
-    monkeypatch.setenv("HF_OIDC_RESOURCE", "org/model")
-    with pytest.raises(HubError, match="id-token: write"):
-        hub.resolve("org/model")
 
 
 def attempts(parent: ModelRef, made: Path) -> list[Callable[[], object]]:
@@ -361,7 +482,9 @@ def test_pull_refuses_a_cache_with_a_damaged_file(server: Hub, plain: Path) -> N
     ref = hub.resolve("org/model")
     weights = hub.pull(ref) / WEIGHTS
     weights.resolve().write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(HubError, match=f"wrong size of {WEIGHTS}.*hf download org/model --revision {ref.commit}"):
+    with pytest.raises(
+        HubError, match=f"wrong size of {WEIGHTS}.*hf download org/model {WEIGHTS} --revision {ref.commit} --force"
+    ):
         hub.pull(ref)
 
 
@@ -397,6 +520,77 @@ def test_offline_lists_every_file_that_the_cache_lacks(server: Hub, sharded: Pat
     offline()
     with pytest.raises(HubError, match=r"missing model-00001.*missing model-00002.*hf download"):
         hub.resolve("org/model")
+
+
+def test_offline_lists_every_shard_of_an_index_although_nobody_listed_the_repository(
+    server: Hub, sharded: Path, offline: Callable[[], None]
+) -> None:
+    commit = server.add_model("org/model", sharded).head.oid
+    for name in (INDEX, "config.json"):  # one by one, as an inference engine may have done
+        client.client().hf_hub_download("org/model", name)
+    offline()
+    with pytest.raises(
+        HubError, match=rf"model-00001\S+, model-00002.*\n.*`hf download org/model --revision {commit}`"
+    ):
+        hub.resolve("org/model")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_command_of_the_message_completes_the_cache(
+    server: Hub, sharded: Path, offline: Callable[[], None], listed: bool
+) -> None:
+    ref = hub.resolve(server.add_model("org/model", sharded).id)
+    if listed:
+        (hub.pull(ref) / "model-00001-of-00002.safetensors").unlink()
+    offline()
+    with pytest.raises(HubError) as caught:
+        hub.resolve("org/model")
+    words = re.findall("`hf ([^`]+)`", str(caught.value))[0].split()
+    program = Path(sys.executable).with_name("hf")
+    subprocess.run([program, *words], env={**os.environ, **server.environment}, check=True, capture_output=True)
+    server.requests.clear()
+    assert hub.resolve("org/model") == ref
+    assert contents(hub.pull(ref)).keys() >= ref.files.keys()
+    assert server.requests == []
+
+
+def test_the_last_note_of_the_cache_is_not_taken_for_the_answer_of_a_hub_that_fails(server: Hub, made: Path) -> None:
+    server.add_model("me/hardened", made)
+    hub.verify_remote("me/hardened")
+    server.repos["me/hardened"].add("main", "later", {**server.repos["me/hardened"].files, "x": b"x"})
+    for ask in (hub.resolve, hub.verify_remote, hub.evidence):
+        server.fail("GET /api/models/me/hardened$", None, times=99)
+        with pytest.raises(HubError, match=f"no answer from {server.url}"):
+            ask("me/hardened")
+        server.faults.clear()
+    assert hub.resolve("me/hardened").commit == server.repos["me/hardened"].head.oid
+
+
+@pytest.mark.parametrize("answered", [0, 1, 2])
+def test_a_hub_that_fails_for_one_question_of_several_does_not_bring_back_an_old_commit(
+    server: Hub, plain: Path, answered: int
+) -> None:
+    repo = server.add_model("org/model", plain)
+    hub.resolve("org/model")
+    repo.add("main", "later", {**repo.files, "x": b"x"})
+    server.fail("GET /api/models/org/model$", 502, skip=answered)
+    with pytest.raises(HubError, match=r"run the same line again"):
+        hub.resolve("org/model")
+    assert hub.resolve("org/model").commit == repo.head.oid
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_hub_that_goes_away_before_the_pull_is_named(
+    server: Hub, plain: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
+    server.add_model("org/model", plain)
+    ref = hub.resolve("org/model")
+    if listed:
+        (hub.pull(ref) / WEIGHTS).unlink()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's tries
+    with pytest.raises(HubError, match=r"no answer from http://127\.0\.0\.1:9; check the network"):
+        hub.pull(ref)
 
 
 def test_a_cache_that_holds_only_the_config_is_not_taken_for_a_model(
