@@ -10,6 +10,8 @@ from typing import Any
 
 from hardener.report import Report
 
+NAME = ".eval_results/hardener.yaml"
+"""Where the Hub reads them in a repository."""
 BENCHMARKS = {
     "gsm8k": ("openai/gsm8k", "gsm8k"),
     "gpqa_diamond_zeroshot": ("Idavidrein/gpqa", "diamond"),

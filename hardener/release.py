@@ -17,8 +17,13 @@ from hardener.run import RunFolder
 
 
 def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
-    """Put report, recipe, plots, card, BOM and sums beside the weights, and sign it all if the run was asked to."""
-    from hardener import bom, card, plots, signing, sources
+    """Put report, recipe, plots, card, BOM and sums beside the weights, and sign it all if the run was asked to.
+
+    Benchmarks that the Hub knows go where it looks for them.
+    """
+    import yaml
+
+    from hardener import bom, card, eval_results, plots, signing, sources
 
     (run.release / files.SIGNATURE).unlink(missing_ok=True)  # it holds for the files of before
     beside = run.release / "hardener"
@@ -28,7 +33,12 @@ def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
     names = tuple(f"hardener/{name}" for name in plots.draw(report, beside))
     readme = parent / "README.md"
     parent_card = readme.read_text("utf-8", errors="replace") if readme.is_file() else None
-    files.write_text(run.release / "README.md", card.render(report, parent_card=parent_card, plots=names))
+    mine = run.request.get("card_template")
+    text = card.render(report, parent_card=parent_card, plots=names, template=None if mine is None else Path(mine))
+    files.write_text(run.release / "README.md", text)
+    if public := eval_results.entries(report):
+        (run.release / eval_results.NAME).parent.mkdir(exist_ok=True)
+        files.write_text(run.release / eval_results.NAME, yaml.safe_dump(public, sort_keys=False))
     files.write_json(run.release / bom.NAME, bom.bom(report, run.release))
     write_sums(run.release)
     if (asked := run.request.get("sign")) is not None:
@@ -175,12 +185,15 @@ def push_run(
     branch: str | None = None,
     tag: str | None = None,
     push_anyway: bool = False,
+    sign: str | None = None,
 ) -> Pushed:
-    """Push the release of a finished run. Raises GateError if its evidence does not allow it, unless `push_anyway`.
+    """Push the release of a finished run, signed as `signing.chosen` understands it.
 
-    Raises VerifyError where the release is no longer what was attacked.
+    Raises GateError if its evidence does not allow it, unless `push_anyway`, and VerifyError where the release is no
+    longer what was attacked.
     """
     from hardener import report as reports
+    from hardener import signing
 
     run = RunFolder.reopen(Path(folder))
     report = reports.read(run.report)
@@ -195,6 +208,9 @@ def push_run(
         )
     asked = {"push_to": repo, "private": private, "create_pr": create_pr, "branch": branch, "tag": tag}
     with run.locked(), accounted_for(run, repo):
+        if sign is not None:
+            key = signing.chosen(sign)
+            run.ask(sign=sign if key is None else str(key.resolve()))
         check_attacked(run, report)
         ref = licensed(hub.resolve(run.request["model"], run.request["revision"]), recipe)
         if not allowed:
@@ -204,10 +220,16 @@ def push_run(
         return publish(run, repo, report)
 
 
-def card_run(folder: str | Path) -> str:
-    """Render card and plots of a finished run again; returns the card. Raises VerifyError as `push_run` does."""
-    from hardener import report as reports
+def card_run(folder: str | Path, template: str | Path | None = None) -> str:
+    """Render card and plots of a finished run again, from now on by `template`; returns the card.
 
+    Raises VerifyError as `push_run` does, UsageError as `template.check`.
+    """
+    from hardener import report as reports
+    from hardener.template import check
+
+    if template is not None:
+        check(Path(template))
     run = RunFolder.reopen(Path(folder))
     report = reports.read(run.report)
     asked = run.request
@@ -217,6 +239,8 @@ def card_run(folder: str | Path) -> str:
         else hub.resolve(asked["model"], asked["revision"])
     )
     with run.locked():
+        if template is not None:
+            run.ask(card_template=str(Path(template).resolve()))
         check_attacked(run, report)
         write(run, recipe_file.load(run.recipe), report, hub.pull(ref))
     return (run.release / "README.md").read_text("utf-8")

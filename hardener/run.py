@@ -65,6 +65,11 @@ class RunFolder:
         """What was asked for, as the command line gave it."""
         return dict(self._journal["request"])
 
+    def ask(self, **more: Any) -> None:
+        """Change what was asked for, where it does not touch what was computed: how the release is dressed."""
+        self._journal["request"] |= more
+        self._write()
+
     @property
     def created(self) -> str:
         """Date of the run, which the report and card carry."""
