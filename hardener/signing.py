@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from hardener.errors import HubError, UsageError, VerifyError
 from hardener.files import SIGNATURE
+from hardener.push import HUBS_OWN
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 KEYLESS = "sigstore"
 """What stands in the place of a key file where the identity of a CI job signs."""
-UNSIGNED = (SIGNATURE, ".gitattributes")
+UNSIGNED = (SIGNATURE, HUBS_OWN)
 """The signature itself, and what the Hub writes after the release was signed."""
 UNCHECKED = "present, not checked: give --public-key, or --identity and --issuer"
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
