@@ -13,7 +13,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from hub_server import Hub, hub_server
+from hub_server import PLAIN_HTTP, Hub, hub_server
 from safetensors.torch import load_file, save_file
 from sample_report import parent, withheld
 from test_signing import write_keys
@@ -364,3 +364,15 @@ def test_a_signed_release_on_the_hub_is_checked_as_it_lies_in_the_cache(server, 
     found = verification.verify("org/letters-hardened", public_key=keys[1])
     assert found["checks"]["signature"] == f"ok ({who})"
     assert found["checks"]["bom"] == "ok"
+
+
+@PLAIN_HTTP
+def test_a_signed_run_is_pushed_with_its_signature_over_what_is_pushed(server, made, keys, tmp_path):
+    run = shutil.copytree(made, tmp_path / "run")
+    journal = json.loads((run / "run.json").read_text())
+    journal["request"]["sign"] = str(keys[0])
+    (run / "run.json").write_text(json.dumps(journal))
+    release_files.push_run(run, "org/letters-hardened", private=True, push_anyway=True)
+    assert "model.sig" in server.repos["org/letters-hardened"].files
+    found = verification.verify("org/letters-hardened", public_key=keys[1])
+    assert found["checks"]["signature"].startswith("ok (key ")
