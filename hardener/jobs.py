@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,20 +63,24 @@ def request(
     private: bool = False,
     create_pr: bool = False,
     branch: str | None = None,
+    tag: str | None = None,
     device: str = "auto",
     from_report: str | None = None,
     push_anyway: bool = False,
     output: str | Path | None = None,
     resume: str | Path | None = None,
+    sign: str | None = None,
+    card_template: str | Path | None = None,
 ) -> dict[str, Any]:
     """What `HfApi.run_job` will be asked for, as JSON; of secrets the names alone. Nothing is sent.
 
     Arguments are those of `pipeline.harden`, with the Hub's `flavor` of machine and `timeout`, a number with s, m, h or
     d. Raises RecipeError for what is wrong with the recipe, and UsageError for what cannot go with a Job: a model,
-    recipe data or judge on this machine, a run folder, or a hardening that is pushed nowhere.
+    recipe data or judge on this machine, a run folder, a key, or a hardening that is pushed nowhere.
     """
-    if output is not None or resume is not None:
-        raise UsageError("a run folder stays on its machine; leave out --output and --resume with --on")
+    here = {"--output": output, "--resume": resume, "--sign": sign, "--card-template": card_template}
+    if stays := [option for option, value in here.items() if value is not None]:
+        raise UsageError(f"a Job has no file, key or run of this machine; leave out {', '.join(stays)} with --on")
     if push_to is None:
         raise UsageError("what a Job makes is gone with it unless it is pushed; name a repository with --push-to")
     if not (from_report or (model and recipe)):
@@ -87,17 +91,19 @@ def request(
     _check_remote("--from-report", from_report)
     text = None if recipe is None else _travelling(recipe, overrides)
     options = {
-        **{"--recipe": text and RECIPE, "--from-report": from_report, "--revision": revision, "--push-to": push_to},
-        **{"--branch": branch, "--device": None if device == "auto" else device},
+        **{
+            "--recipe": RECIPE if text else None,
+            "--from-report": from_report,
+            "--revision": revision,
+            "--push-to": push_to,
+        },
+        **{"--branch": branch, "--tag": tag, "--device": None if device == "auto" else device},
     }
     switches = {"--private": private, "--create-pr": create_pr, "--push-anyway": push_anyway}
-    words = [f"{option}={value}" for option, value in options.items() if value]
-    words += [switch for switch, wanted in switches.items() if wanted]
-    words += [f"--set={_checked(override)}" for override in overrides if text is None]
-    words += ["--yes", *(["--", model] if model else [])]
+    words = [*_given(options, switches), *(f"--set={_checked(one)}" for one in overrides if text is None), "--yes"]
     return {
         "image": IMAGE,
-        "command": ["sh", "-c", SCRIPT, "hardener", "harden", *words],
+        "command": ["sh", "-c", SCRIPT, "hardener", "harden", *words, *(["--", model] if model else [])],
         "env": _environment(text),
         "secrets": ["HF_TOKEN"],
         "flavor": flavor,
@@ -125,6 +131,12 @@ def submit(asked: dict[str, Any], narrator: Narrator | None = None) -> Ended:
         if code is None:  # a log that broke off shortly before the end is not taken up again
             code = _told(api.fetch_job_logs(**where), end, Narrator(silent=True))
     return Ended(job.id, job.url, _exit_code(ended, code))
+
+
+def _given(options: Mapping[str, str | None], switches: Mapping[str, bool]) -> list[str]:
+    """The words of a command line for what was asked for; a value stays within the word of its option."""
+    valued = [f"{option}={value}" for option, value in options.items() if value]
+    return valued + [switch for switch, wanted in switches.items() if wanted]
 
 
 def _travelling(recipe: str | Path, overrides: Sequence[str]) -> bytes:

@@ -141,11 +141,11 @@ def test_the_job_runs_the_same_command_with_the_recipe_resolved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    more: dict[str, Any] = {"revision": "main", "create_pr": True, "device": "cuda", "push_anyway": True}
+    more: dict[str, Any] = {"revision": "main", "tag": "v1", "device": "cuda", "push_anyway": True}
     asked = jobs.request("org/model", recipe="ctrap", overrides=["train.steps=7"], **more, **ASKED)
     assert asked["command"] == [
         *("sh", "-c", jobs.SCRIPT, "hardener", "harden", "--recipe=recipe.yaml", "--revision=main", "--push-to=org/x"),
-        *("--device=cuda", "--create-pr", "--push-anyway", "--yes", "--", "org/model"),
+        *("--tag=v1", "--device=cuda", "--push-anyway", "--yes", "--", "org/model"),
     ]
     assert recipe_of(asked, tmp_path) == recipe_file.load("ctrap", ["train.steps=7"])
     assert (asked["flavor"], asked["timeout"], asked["secrets"]) == ("a10g-small", "12h", ["HF_TOKEN"])
@@ -201,7 +201,8 @@ def test_a_repetition_names_the_release_and_its_overrides(tmp_path: Path, monkey
         ({"recipe": None}, "name a model and a recipe"),
         ({"push_to": None}, "--push-to"),
         ({"output": "runs/x"}, "leave out --output"),
-        ({"resume": "runs/x"}, "leave out --output and --resume"),
+        ({"resume": "runs/x"}, "leave out --resume"),
+        ({"sign": "key.pem", "card_template": "card.j2"}, "leave out --sign, --card-template"),
         ({"timeout": "tomorrow"}, "--timeout tomorrow"),
         ({"timeout": "90"}, "--timeout 90"),
         ({"model": None, "recipe": None, "from_report": "./release"}, "./release is on this machine"),
