@@ -20,7 +20,7 @@ from hardener.errors import RecipeError, UsageError
 from hardener.plan import Plan, check_disk, plan
 from hardener.push import Pushed, Target
 from hardener.recipe import Recipe
-from hardener.report import Report, Training
+from hardener.report import Erased, Report, Training
 from hardener.run import RunFolder, check_free, resumable
 
 
@@ -60,6 +60,9 @@ def harden(
     private: bool = False,
     create_pr: bool = False,
     branch: str | None = None,
+    tag: str | None = None,
+    sign: str | None = None,
+    card_template: str | Path | None = None,
     device: str = "auto",
     dry_run: bool = False,
     resume: str | Path | None = None,
@@ -80,27 +83,30 @@ def harden(
         ignored: dict[str, object] = {
             **{"MODEL": model, "--recipe": recipe, **dict.fromkeys(overrides, True), "--revision": revision},
             **{"--output": output, "--push-to": push_to, "--private": private, "--create-pr": create_pr},
-            **{"--branch": branch, "--device": device, "--from-report": from_report},
+            **{"--branch": branch, "--tag": tag, "--sign": sign, "--card-template": card_template},
+            **{"--device": device, "--from-report": from_report},
         }
         _leave_out(ignored, "--resume takes everything from the run")
         run = RunFolder.reopen(Path(resume))
         asked = run.request | ({"push_anyway": True} if push_anyway else {})
         chosen = recipe_file.load(run.recipe)
     else:
-        how: dict[str, Any] = {"private": private, "create_pr": create_pr, "branch": branch}
+        how: dict[str, Any] = {"private": private, "create_pr": create_pr, "branch": branch, "tag": tag}
         request = {"model": model, "revision": revision, "push_to": push_to, **how, "device": device}
-        asked, source = _asked(request | {"push_anyway": push_anyway}, recipe, from_report)
+        request |= {"push_anyway": push_anyway, **release.dressing(sign, card_template)}
+        asked, source = _asked(request, recipe, from_report)
         chosen = recipe_file.load(source, overrides)
-    if chosen.defense is None or chosen.train is None:
+    if not chosen.hardens:
         raise RecipeError(f"the recipe {chosen.name} has no defense and train sections; use it with `hardener probe`")
 
     say.stage("Resolving")
     ref = release.licensed(hub.resolve(asked["model"], asked["revision"]), chosen)
     task_class = registry.find("tasks", chosen.task)
     task_class.supports(ref.config)
-    planned = plan(chosen, ref, asked["push_to"])
     _check_device(asked["device"])
     place = Path(resume or output or Path("runs") / f"{ref.id.replace('/', '--')}-{chosen.name}")
+    target = release.destination(asked, ref) if dry_run and asked["push_to"] else asked["push_to"]
+    planned = plan(chosen, ref, target, place=place, device=asked["device"])
     check_disk(planned, place)
     if resume is None:
         check_free(place)
@@ -108,8 +114,6 @@ def harden(
 
     chosen = sources.pin(chosen)
     if dry_run:
-        if asked["push_to"]:
-            release.check_target(asked, ref)
         return Outcome(planned)
     if resume is None:
         run = RunFolder.create(place, asked, recipe_file.dump(chosen))
@@ -123,7 +127,7 @@ def _asked(
 ) -> tuple[dict[str, Any], str | Path]:
     """The request as the journal keeps it, and where its recipe is. Raises UsageError for what does not go together."""
     if request["push_to"] is None:
-        aside = {f"--{key.replace('_', '-')}": request[key] for key in ("private", "create_pr", "branch")}
+        aside = {f"--{key.replace('_', '-')}": request[key] for key in ("private", "create_pr", "branch", "tag")}
         _leave_out(aside, "nothing is pushed without --push-to")
     if from_report is not None:
         _leave_out({"--revision": request["revision"]}, "--from-report brings the commit")
@@ -206,10 +210,20 @@ def _line(
     original = stages.before("original", bench, folder, chosen, run, say)
     scratch = None if bench.task.generative else stages.before("scratch", bench, folder, chosen, run, say)
 
+    erased = None
+    if recipe.erase != "none":
+        say.stage("Erasing the restricted capability")
+        erased = run.stage(
+            "erase",
+            lambda: stages.erased(recipe, bench, folder, run, say),
+            Erased.model_validate,
+            lambda e: e.model_dump(mode="json"),
+        )
+
     say.stage(f"Hardening with {recipe.name}")
     training = run.stage(
         "harden",
-        lambda: stages.harden(recipe, bench, folder, run, say),
+        lambda: stages.harden(recipe, bench, folder, run, say, erased),
         Training.model_validate,
         lambda t: t.model_dump(mode="json"),
     )
@@ -277,8 +291,8 @@ def probe(
     task_class = registry.find("tasks", chosen.task)
     for one in (ref, parent):
         task_class.supports(one.config)
-    planned = plan(chosen, ref, None)
     place = Path(output or Path("runs") / f"{ref.id.replace('/', '--')}-{chosen.name}-probe")
+    planned = plan(chosen, ref, None, place=place, device=device)
     chosen = sources.pin(chosen)
     asked = {
         "model": _absolute(model),

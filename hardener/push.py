@@ -360,9 +360,7 @@ def _branch(api: HfApi, target: Target) -> Iterator[None]:
         yield
     except BaseException:
         if made:
-            with explained(
-                f"{target.repo} was not pushed to, and its new branch {target.branch} stays, a copy of main"
-            ):
+            with explained(f"not pushed, and the new branch {target.branch} of {target.repo} stays as a copy of main"):
                 _remove_branch(api, target.repo, target.branch, start)
         raise
 

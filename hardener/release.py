@@ -8,9 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hardener import files, hub, recipe_file, verdict
+from hardener import files, hub, plan, recipe_file, verdict
 from hardener.errors import DivergedError, GateError, HardenerError, HubError, UsageError, VerifyError
-from hardener.push import Pushed, Target, check_request, prepare, push, withdraw
+from hardener.plan import Destination
+from hardener.push import Pushed, Target, prepare, push, withdraw
 from hardener.recipe import Recipe
 from hardener.report import Parent, Report
 from hardener.run import RunFolder
@@ -87,9 +88,24 @@ def check_attacked(run: RunFolder, report: Report) -> None:
         )
 
 
-def check_target(asked: dict[str, Any], ref: hub.ModelRef) -> None:
-    """Check what can be known of the repository asked for without the network."""
-    check_request(asked["push_to"], ref, **_how(asked))
+def dressing(sign: str | None = None, template: str | Path | None = None) -> dict[str, str]:
+    """What a run's journal keeps of signature and card template. Raises UsageError for one that will not work."""
+    from hardener import signing
+    from hardener.template import check
+
+    asked = {}
+    if sign is not None:
+        key = signing.chosen(sign)
+        asked["sign"] = sign if key is None else str(key.resolve())
+    if template is not None:
+        check(Path(template))
+        asked["card_template"] = str(Path(template).resolve())
+    return asked
+
+
+def destination(asked: dict[str, Any], ref: hub.ModelRef) -> Destination:
+    """The repository asked for as a push would find it; nothing is changed."""
+    return plan.destination(asked["push_to"], ref, **_how(asked))
 
 
 def target(run: RunFolder, asked: dict[str, Any], ref: hub.ModelRef) -> Target:
@@ -193,8 +209,8 @@ def push_run(
     longer what was attacked.
     """
     from hardener import report as reports
-    from hardener import signing
 
+    dressed = dressing(sign)
     run = RunFolder.reopen(Path(folder))
     report = reports.read(run.report)
     evidence = report.evidence
@@ -208,9 +224,7 @@ def push_run(
         )
     asked = {"push_to": repo, "private": private, "create_pr": create_pr, "branch": branch, "tag": tag}
     with run.locked(), accounted_for(run, repo):
-        if sign is not None:
-            key = signing.chosen(sign)
-            run.ask(sign=sign if key is None else str(key.resolve()))
+        run.ask(**dressed)
         check_attacked(run, report)
         ref = licensed(hub.resolve(run.request["model"], run.request["revision"]), recipe)
         if not allowed:
@@ -226,10 +240,8 @@ def card_run(folder: str | Path, template: str | Path | None = None) -> str:
     Raises VerifyError as `push_run` does, UsageError as `template.check`.
     """
     from hardener import report as reports
-    from hardener.template import check
 
-    if template is not None:
-        check(Path(template))
+    dressed = dressing(template=template)
     run = RunFolder.reopen(Path(folder))
     report = reports.read(run.report)
     asked = run.request
@@ -239,8 +251,7 @@ def card_run(folder: str | Path, template: str | Path | None = None) -> str:
         else hub.resolve(asked["model"], asked["revision"])
     )
     with run.locked():
-        if template is not None:
-            run.ask(card_template=str(Path(template).resolve()))
+        run.ask(**dressed)
         check_attacked(run, report)
         write(run, recipe_file.load(run.recipe), report, hub.pull(ref))
     return (run.release / "README.md").read_text("utf-8")

@@ -138,7 +138,7 @@ class Hub:
         self.writable = {"me", "org"}
         self.pull_requests = True
         self.redirects = False
-        """Send readers of LFS files to another path, as the real Hub does."""
+        """Send readers of LFS files to another host, as the real Hub does."""
         self.xet_store: Path | None = None
         """Folder in which hf_xet stores what it uploads; this server cannot read it. None: no Xet."""
         self.announces_xet = False
@@ -150,6 +150,11 @@ class Hub:
         self.corrupt: set[str] = set()
         """Paths of which the server loses a byte on arrival."""
         self.ended = threading.Event()
+
+    @property
+    def elsewhere(self) -> str:
+        """The same server by another name."""
+        return self.url.replace("127.0.0.1", "localhost")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -363,12 +368,15 @@ def resolve(call: Call, name: str, revision: str, path: str) -> Answer:
     if call.hub.redirects and is_lfs(path):
         call.hub.objects[etag] = data
         linked = {"X-Linked-ETag": headers.pop("ETag"), "X-Linked-Size": str(len(data))}
-        return Answer(b"", 302, {**headers, **linked, "Location": f"{call.hub.url}/cdn/{etag}"})
+        return Answer(b"", 302, {**headers, **linked, "Location": f"{call.hub.elsewhere}/cdn/{etag}"})
     return ranged(call, data, headers)
 
 
 @route("(GET|HEAD)", "/cdn/(?P<oid>[0-9a-f]{64})")
 def cdn(call: Call, oid: str) -> Answer:
+    """A store on another host, which must not see the token."""
+    if call.known:
+        raise Refusal(400, None, "Only one auth mechanism allowed")
     return ranged(call, call.hub.objects[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
 
