@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 from torch.utils.flop_counter import FlopCounterMode
 
-from hardener import hub, pipeline, plan, push, recipe_file, stages
+from hardener import hub, judging, ladder, pipeline, plan, push, recipe_file, stages
 from hardener.attacks.training import inputs
 from hardener.bench import Bench
 from hardener.errors import HardenerError, HubError, ResourceError, UsageError
@@ -375,6 +375,10 @@ def test_the_attacks_are_those_that_the_probe_plans(
     longer = [replace(f, steps=min(plan.LONGER * f.steps, chosen.probe.max_steps)) for f in families]
     assert sorted(told["hardened"]) == sorted(prober._expected(longer))
     assert ("scratch" in told) == (not task.generative)
+
+
+def test_what_the_plan_takes_from_heavy_modules_is_what_they_say() -> None:
+    assert (plan.REPEATED, plan.GATE_ROWS) == (ladder.WORST, judging.GATE_ROWS)
 
 
 def test_judging_is_counted_at_every_checkpoint() -> None:
