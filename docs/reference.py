@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from pydantic import BaseModel
 
-from hardener import card, cli, errors, pipeline, plan, push, recipe_file, registry, report, summary, verdict
+from hardener import card, cli, errors, pipeline, plan, push, recipe_file, registry, report, resources, summary, verdict
 from hardener.attacks.families import BENIGN, SCREENS, Family
 from hardener.checks import scientific
 from hardener.defenses.configs import CONFIGS
@@ -327,7 +327,7 @@ def the_report() -> report.Report:
 def recipes_table() -> str:
     """The shipped recipes."""
     rows = []
-    for name in recipe_file.names():
+    for name in resources.recipes():
         one = recipe_file.load(name)
         paper = f"[{one.paper.title.partition(':')[0]}]({one.paper.url})" if one.paper else ""
         rows.append((f"`{name}`", one.title, f"`{one.task}`", paper))

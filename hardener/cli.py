@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,6 +21,7 @@ from hardener.errors import HardenerError, UsageError
 if TYPE_CHECKING:
     from hardener.console import Narrator
     from hardener.pipeline import Outcome
+    from hardener.schemas import Listed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,6 +59,11 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="show the traceback o
 PrivateOption = Annotated[bool, typer.Option("--private", help="leave the target repository private")]
 CreatePrOption = Annotated[bool, typer.Option("--create-pr", help="push as a pull request")]
 BranchOption = Annotated[str | None, typer.Option(help="push to this branch")]
+TagOption = Annotated[str | None, typer.Option(help="tag the published commit")]
+SignOption = Annotated[
+    str | None,
+    typer.Option("--sign", metavar="KEY", help="sign the release: a private key (PEM), or sigstore for a CI identity"),
+]
 PushAnywayOption = Annotated[
     bool,
     typer.Option("--push-anyway", help="publish although the evidence forbids it; the card then says so first"),
@@ -93,6 +99,11 @@ def harden(
     private: PrivateOption = False,
     create_pr: CreatePrOption = False,
     branch: BranchOption = None,
+    tag: TagOption = None,
+    sign: SignOption = None,
+    card_template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Jinja template of the card, in place of the shipped one")
+    ] = None,
     set_: SetOption = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop; no weights are fetched")] = False,
@@ -133,6 +144,9 @@ def harden(
         private=private,
         create_pr=create_pr,
         branch=branch,
+        tag=tag,
+        sign=sign,
+        card_template=card_template,
         device=device,
         dry_run=dry_run,
         resume=resume,
@@ -180,14 +194,18 @@ def probe(
 
 
 @app.command()
-def card(run: Annotated[Path, typer.Argument(metavar="RUN")], debug: DebugOption = False) -> None:
+def card(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    template: Annotated[Path | None, typer.Option(metavar="FILE", help="Jinja template, from now on")] = None,
+    debug: DebugOption = False,
+) -> None:
     """Render the card and plots of a finished run again, and print the card.
 
     hardener card runs/org--model-ctrap
     """
     from hardener import release
 
-    print(release.card_run(run))
+    print(release.card_run(run, template))
 
 
 @app.command()
@@ -197,6 +215,8 @@ def push(
     private: PrivateOption = False,
     create_pr: CreatePrOption = False,
     branch: BranchOption = None,
+    tag: TagOption = None,
+    sign: SignOption = None,
     push_anyway: PushAnywayOption = False,
     yes: YesOption = False,
     format: FormatOption = "human",
@@ -212,7 +232,16 @@ def push(
 
     if not yes:
         _confirm(f"Publish {run} to {repo}?")
-    pushed = release.push_run(run, repo, private=private, create_pr=create_pr, branch=branch, push_anyway=push_anyway)
+    pushed = release.push_run(
+        run,
+        repo,
+        private=private,
+        create_pr=create_pr,
+        branch=branch,
+        tag=tag,
+        push_anyway=push_anyway,
+        sign=sign,
+    )
     print(json.dumps(asdict(pushed), indent=1) if format == "json" else pushed.pr_url or pushed.url)
 
 
@@ -220,15 +249,20 @@ def push(
 def verify(
     release: Annotated[str, typer.Argument(metavar="FOLDER|REPO", help="a release folder or a Hub id")],
     revision: RevisionOption = None,
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="the key by which the release must be signed")
+    ] = None,
+    identity: Annotated[str | None, typer.Option(help="who must have signed it keylessly, with --issuer")] = None,
+    issuer: Annotated[str | None, typer.Option(metavar="URL", help="who vouches for --identity")] = None,
     re_probe: Annotated[bool, typer.Option("--re-probe", help="attack it again and compare")] = False,
     set_: SetOption = None,
     device: DeviceOption = "auto",
     format: FormatOption = "human",
     debug: DebugOption = False,
 ) -> None:
-    """Check that sums, report and recipe of a release agree; exit 1 if they do not.
+    """Check that everything in a release agrees, and who signed it; exit 1 if it does not.
 
-    hardener verify org/model-hardened
+    hardener verify org/model-hardened --public-key signer.pem
 
     hardener verify runs/org--model-ctrap/release --re-probe
     """
@@ -236,7 +270,15 @@ def verify(
 
     narrator = _narrator(format)
     result = verification.verify(
-        release, revision=revision, re_probe=re_probe, overrides=set_ or (), device=device, narrator=narrator
+        release,
+        revision=revision,
+        re_probe=re_probe,
+        overrides=set_ or (),
+        device=device,
+        public_key=public_key,
+        identity=identity,
+        issuer=issuer,
+        narrator=narrator,
     )
     if format == "json":
         print(json.dumps(result, indent=1, ensure_ascii=False))
@@ -262,20 +304,41 @@ def demo(
     _show(outcome, format, narrator)
 
 
+@app.command()
+def schema(
+    command: Annotated[
+        Literal["harden", "probe", "demo", "push", "verify", "recipes-list", "report"],
+        typer.Argument(metavar="COMMAND", help="harden, probe, demo, push, verify, recipes-list; or report"),
+    ],
+    debug: DebugOption = False,
+) -> None:
+    """Print the JSON schema of what a command prints with `--format json`, or of report.json.
+
+    hardener schema harden > outcome.schema.json
+    """
+    from hardener import schemas
+
+    print(json.dumps(schemas.schema(command), indent=1, ensure_ascii=False))
+
+
 @recipes_app.command("list")
 def recipes_list(format: FormatOption = "human", debug: DebugOption = False) -> None:
     """List the shipped recipes.
 
     hardener recipes list
     """
-    from hardener import recipe_file
+    import yaml
 
-    found = [(name, recipe_file.load(name)) for name in recipe_file.names()]
+    from hardener.resources import recipes
+
+    # They are known to be valid; to check them again would take longer than everything else here.
+    found = [yaml.safe_load(path.read_text("utf-8")) for path in recipes().values()]
+    listed: list[Listed] = [{"name": one["name"], "title": one["title"], "task": one["task"]} for one in found]
     if format == "json":
-        print(json.dumps([{"name": name, "title": r.title, "task": r.task} for name, r in found], indent=1))
+        print(json.dumps(listed, indent=1))
         return
-    for name, recipe in found:
-        print(f"{name:<22} {recipe.task:<25} {recipe.title}")
+    for one in listed:
+        print(f"{one['name']:<22} {one['task']:<25} {one['title']}")
 
 
 @recipes_app.command("show")
@@ -288,12 +351,15 @@ def recipes_show(
 
     hardener recipes show ctrap > my.yaml
     """
-    from hardener import recipe_file
-    from hardener.resources import shipped
+    from hardener.resources import recipes
 
-    recipe = recipe_file.load(name)
-    path = shipped("recipes") / f"{name}.yaml"
-    print(recipe_file.dump(recipe) if resolved or not path.is_file() else path.read_text("utf-8"), end="")
+    own = recipes().get(name)
+    if own is not None and not resolved:
+        print(own.read_text("utf-8"), end="")
+        return
+    from hardener import recipe_file
+
+    print(recipe_file.dump(recipe_file.load(name)), end="")
 
 
 @recipes_app.command("schema")
@@ -325,13 +391,13 @@ def _confirm(question: str) -> None:
 
 
 def _show(outcome: Outcome, format: Format, narrator: Narrator) -> None:
-    from hardener import pipeline, terminal
+    from hardener import pipeline, plan, terminal
 
     if format == "json":
         print(pipeline.as_json(outcome))
     if outcome.report is None:
-        for name, value in outcome.plan.to_dict().items():
-            narrator.note(f"{name.replace('_', ' '):<16} {_readable(name, value)}")
+        for name, value in plan.lines(outcome.plan):
+            narrator.note(f"{name:<9} {value}")
         return
     terminal.show(outcome.report, narrator.console)
     if outcome.run is not None:
@@ -343,12 +409,6 @@ def _show(outcome: Outcome, format: Format, narrator: Narrator) -> None:
             narrator.warn("This publishes a checkpoint for which no protection was measured.")
     if outcome.withheld is not None:
         narrator.warn(f"Not pushed: {outcome.withheld}. Publish it all the same with --push-anyway.")
-
-
-def _readable(name: str, value: Any) -> str:
-    if name in ("download", "memory", "disk"):
-        return f"{value / 1e9:.2f} GB" if value >= 1e7 else f"{value / 1e6:.2f} MB"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _finish(outcome: Outcome, format: Format, narrator: Narrator) -> None:

@@ -23,16 +23,11 @@ from hardener.defenses.configs import CONFIGS
 from hardener.errors import RecipeError
 from hardener.problems import Place, Problem, dotted, nearest, of_validation
 from hardener.recipe import DefenseChoice, Recipe
-from hardener.resources import shipped
+from hardener.resources import recipes
 from hardener.strict_yaml import Dumper, YamlError, compose, construct
 
 MAX_BYTES = 2**20
 LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
-
-def names() -> list[str]:
-    """Return the names of the shipped recipes, sorted."""
-    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
 
 
 def load(name_or_path: str | Path, overrides: Sequence[str] = (), *, probe: bool = False) -> Recipe:
@@ -124,9 +119,9 @@ class _Draft:
 
 
 def _read(name_or_path: str | Path) -> _Draft:
-    is_name = isinstance(name_or_path, str) and name_or_path in names()
-    path = shipped("recipes") / f"{name_or_path}.yaml" if is_name else Path(name_or_path)
-    label = f"recipes/{path.name}" if is_name else str(path)
+    own = recipes().get(str(name_or_path)) if isinstance(name_or_path, str) else None
+    path = own or Path(name_or_path)
+    label = f"recipes/{path.name}" if own else str(path)
     text = _text(path, label)
     try:
         data, lines, problems = construct(compose(text))
@@ -136,7 +131,7 @@ def _read(name_or_path: str | Path) -> _Draft:
         found = "this file is empty" if data is None else f"not a {type(data).__name__}"
         raise RecipeError(f"{label}:{lines.get((), 1)}: a recipe is keys with values; {found}")
     # No data lies beside a shipped recipe: its paths begin where the command is run.
-    folder = Path.cwd() if is_name else path.absolute().parent
+    folder = Path.cwd() if own else path.absolute().parent
     draft = _Draft(label, _resolved(data, (), folder), lines)
     draft.report(problems)
     return draft
@@ -146,7 +141,7 @@ def _text(path: Path, label: str) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        hint = nearest(path.stem, names())
+        hint = nearest(path.stem, recipes())
         raise RecipeError(f"{label}: no such file, and no shipped recipe of this name; {hint}") from None
     except OSError as error:
         raise RecipeError(f"{label}: cannot be read: {error.strerror}") from error

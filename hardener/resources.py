@@ -12,3 +12,8 @@ def shipped(kind: str) -> Path:
     packaged = package / "_data"
     root = packaged if packaged.is_dir() else package.parent
     return root / kind
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes, name → file, in order of their names."""
+    return {path.stem: path for path in sorted(shipped("recipes").glob("*.yaml"))}

@@ -33,7 +33,7 @@ import yaml
 from typer.testing import CliRunner
 
 import hardener
-from hardener import cli, recipe_file
+from hardener import cli, recipe_file, resources
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -205,7 +205,7 @@ def test_every_command_option_recipe_and_family_is_in_the_reference() -> None:
     source = inspect.getsource(cli)
     options = set(re.findall(r'"(--[a-z-]+)"', source)) - {"--help"}
     assert {f"`{option}`" for option in options} <= set(re.findall(r"`--[a-z-]+`", text))
-    names = [*recipe_file.names(), *BUILT_IN["attacks"], *BUILT_IN["defenses"], *BUILT_IN["tasks"]]
+    names = [*resources.recipes(), *BUILT_IN["attacks"], *BUILT_IN["defenses"], *BUILT_IN["tasks"]]
     assert [name for name in names if f"`{name}`" not in text and f"name: {name}`" not in text] == []
 
 

@@ -16,7 +16,7 @@ from hub_server import PLAIN_HTTP, Hub, hub_server
 from safetensors.torch import load_file
 
 import hardener
-from hardener import checkpoint, pipeline, recipe_file, summary
+from hardener import checkpoint, pipeline, recipe_file, resources, summary
 from hardener import report as reports
 from hardener.errors import (
     DataError,
@@ -225,7 +225,7 @@ def test_a_run_whose_data_was_changed_is_not_resumed_and_the_file_is_named(lette
         hardener.harden(resume=tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", recipe_file.names())
+@pytest.mark.parametrize("name", resources.recipes())
 def test_a_probe_reads_a_recipe_without_its_defence(name):
     wrong = ["defense={name: nonsense}", "train.steps=-1", "data.alignment=null"]
     recipe = recipe_file.load(name, wrong, probe=True)
