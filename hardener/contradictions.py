@@ -10,7 +10,7 @@ from hardener import registry
 from hardener.attacks.families import SCREENS
 from hardener.defenses.configs import CONFIGS
 from hardener.problems import Problem, nearest
-from hardener.recipe import ROLES, Data, Recipe, Role, Source, Use
+from hardener.recipe import ROLES, Data, Recipe, Role, Source, Train, Use
 
 # The fields of a row, one set for each form it can have; the task takes the first that fits.
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -45,7 +45,7 @@ def unknown_names(data: Mapping[str, Any]) -> Iterator[Problem]:
 
 def contradictions(recipe: Recipe) -> list[Problem]:
     """Return every contradiction with its place; an empty list means that the recipe can be carried out."""
-    return [*_sources(recipe), *_data(recipe), *_defence(recipe), *_probe(recipe)]
+    return [*_sources(recipe), *_data(recipe), *_erase(recipe), *_defence(recipe), *_probe(recipe)]
 
 
 def _all_sources(data: Data) -> Iterator[tuple[Role, int, Source]]:
@@ -98,9 +98,30 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("data", "template"), f"must hold {{prompt}}, which {data.template!r} does not")
     for role, needed in NEEDED_USES.items():
         served = {use for name, _, source in _all_sources(data) if name == role for use in source.uses}
-        missing = [use for use in needed if use not in served and (use != "defence" or recipe.defense)]
+        missing = [use for use in needed if use not in served and (use != "defence" or recipe.hardens)]
         if served and missing:
             yield Problem(("data", role), f"no source serves the use {' and '.join(missing)}; see its `uses`")
+
+
+def _erase(recipe: Recipe) -> Iterator[Problem]:
+    erase = recipe.erase
+    if erase == "none":
+        return
+    yield from _warm_up("erase", erase)
+    if (erase.modules == "located") != (erase.share is not None):
+        yield Problem(("erase", "share"), "`modules: located` and a share go together")
+    if erase.unlearn != "none" and not recipe.data.alignment:
+        yield Problem(("data", "alignment"), "erase.unlearn needs this role")
+    if erase.parent_tokens and recipe.task == "image-classification":
+        yield Problem(("erase", "parent_tokens"), "images have no tokens")
+    if recipe.adapter != "none" and not recipe.defense:
+        yield Problem(("adapter",), "erasing changes the weights themselves; an adapter needs a section `defense`")
+
+
+def _warm_up(section: str, train: Train) -> Iterator[Problem]:
+    if train.warmup_steps >= max(train.steps, 1):
+        text = f"the rate rises for {train.warmup_steps} steps, and there are {train.steps} in all"
+        yield Problem((section, "warmup_steps"), text)
 
 
 def _defence(recipe: Recipe) -> Iterator[Problem]:
@@ -108,9 +129,8 @@ def _defence(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("defense",), "a defence needs a section `train`")
     if recipe.train and not recipe.defense:
         yield Problem(("train",), "training needs a section `defense`; leave both out to probe only")
-    if recipe.train and recipe.train.warmup_steps >= recipe.train.steps:
-        text = f"the rate rises for {recipe.train.warmup_steps} steps, and there are {recipe.train.steps} in all"
-        yield Problem(("train", "warmup_steps"), text)
+    if recipe.train:
+        yield from _warm_up("train", recipe.train)
     if not recipe.defense or recipe.defense.name not in CONFIGS:
         return
     name, config = recipe.defense.name, CONFIGS[recipe.defense.name]

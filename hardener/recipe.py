@@ -144,6 +144,49 @@ class Train(Strict):
     deterministic: bool = Field(False, description="deterministic CUDA kernels, so that a resume is bit-exact there")
 
 
+class Unlearn(Strict):
+    """Train the teacher before the noise, on refusals and retain rows half and half; all else is as in `erase`."""
+
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0)
+
+
+class Erase(Train):
+    """Noise-then-distil: new weights are mixed in, and what is to stay is taught again by the parent.
+
+    θ ← (1 − α)·θ + α·β·N in the chosen modules, N a random initialisation of the architecture's own kind; then the
+    student learns the teacher's outputs on retain and alignment rows. Source: arXiv 2506.06278 (UNDO), which takes
+    Xavier noise with β = 0.1 everywhere.
+    """
+
+    alpha: float = Field(ge=0, le=1, description="α, the dial between cost and robustness; 1 leaves nothing")
+    beta: float = Field(1.0, ge=0, description="β, scale of the random initialisation")
+    modules: Literal["all", "located"] | tuple[str, ...] = Field(
+        "all",
+        min_length=1,
+        description="what is noised: `all` between embeddings and head, a list of name patterns such as "
+        "`layers.0.mlp`, or the weight matrices `located` by their gradients",
+    )
+    share: float | None = Field(
+        None, gt=0, le=1, description="with `located`: matrices are taken until they hold this share of all parameters"
+    )
+    unlearn: Literal["none"] | Unlearn = "none"
+    steps: int = Field(ge=0, description="distillation steps")
+    lr: float = Field(gt=0, description="learning rate of the student's AdamW")
+    temperature: float = Field(1.0, gt=0, description="softens the outputs of teacher and student alike")
+    alignment_share: float = Field(
+        0.25, ge=0, lt=1, description="share of alignment rows in a batch, where the recipe has that role"
+    )
+    save_every: int = Field(50, ge=1, description="steps between resumable states, and between looks at `stop_at`")
+    stop_at: float | None = Field(
+        None,
+        description="nats; stop once the student's loss on held-back retain rows is within so much of the teacher's",
+    )
+    parent_tokens: int | None = Field(
+        None, ge=1, description="tokens that the parent was trained on, where known: the cost is then told as a share"
+    )
+
+
 Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
@@ -221,8 +264,18 @@ class CardChoice(Strict):
     intended_use: str | None = None
 
 
+def _chosen(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+Chosen = Annotated[
+    DefenseChoice | None,
+    BeforeValidator(_chosen, json_schema_input_type=DefenseChoice | Literal["none"] | None),
+]
+
+
 class Recipe(Strict):
-    """A complete recipe; without `defense` and `train` it is valid for `hardener probe` alone."""
+    """A complete recipe; without `defense`, `train` and `erase` it is valid for `hardener probe` alone."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str
@@ -230,7 +283,13 @@ class Recipe(Strict):
     task: TaskName
     data: Data
     adapter: Literal["none"] | Lora = "none"
-    defense: DefenseChoice | None = None
+    erase: Literal["none"] | Erase = "none"
+    defense: Chosen = None
     train: Train | None = None
     probe: Probe = Probe()
     card: CardChoice = CardChoice()
+
+    @property
+    def hardens(self) -> bool:
+        """Whether there is anything that changes weights."""
+        return self.defense is not None or self.erase != "none"

@@ -220,15 +220,51 @@ class Parent(Plain):
     local: bool = False
 
 
+class Erased(Plain):
+    """What noise-then-distil did before the defence, or in its place."""
+
+    alpha: float
+    beta: float
+    parameters: tuple[str, ...]
+    """Names of the parameters that were noised."""
+    share: float
+    """Share of all weights that were noised."""
+    located: dict[str, float] = Field(default_factory=dict)
+    """Weight matrix → how much more it carries the restricted task than the retain task, of those located by their
+    gradients; highest first."""
+    unlearned: int
+    """Steps in which the teacher learned to refuse; 0 where the teacher is the parent."""
+    steps: int
+    """Distillation steps that were taken."""
+    planned: int
+    """Distillation steps of the recipe; more than `steps` where the student was good enough before."""
+    rows: int
+    """Rows distilled, with repetition."""
+    tokens: int | None
+    """Tokens distilled, with repetition, prompts included; None for images."""
+    tokens_share: float | None = None
+    """Those tokens over what the parent was trained on, where the recipe says how many those were."""
+    loss_teacher: float
+    loss_student: float
+    """Cross-entropy on held-back retain rows after distillation, nats per target; lower is better."""
+    distance: float
+    """‖S − T‖ / ‖T‖ in weights, student against teacher, after distillation; grows with what an attacker has to do."""
+    log: tuple[dict[str, float], ...]
+    """`kl` (nats per target) and `gap` (student's retain loss minus teacher's) by `step`, at most 200 points."""
+
+
 class Training(Plain):
     """What the defence did."""
 
     defense: str
+    """Its name in the recipe; `erase` where nothing followed the erasure."""
     title: str
     steps: int
     trainable: int
     log: tuple[dict[str, float], ...]
     """Logged values, thinned to at most 200 points; each has `step`."""
+    erased: Erased | None = None
+    """Where the recipe erases."""
     cast_loss: float | None = None
     """Share of ‖ΔW‖ lost when casting to the release dtype (0 is nothing lost)."""
     notes: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import hardener
-from hardener import checkpoint, data, evidence, files, loop, registry, sources
+from hardener import checkpoint, data, erase, evidence, files, loop, registry, sources
 from hardener.attacks.families import SCREENS, Family
 from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.checks import BUDGET_FACTOR, NO_ATTACK
@@ -24,12 +26,13 @@ from hardener.errors import RecipeError, UsageError
 from hardener.judges import Classifier, Panel
 from hardener.measurement import Measurement, Subject
 from hardener.probing import Prober
-from hardener.recipe import Probe, Recipe
-from hardener.report import Evidence, Parent, Report, Training
+from hardener.recipe import Probe, Recipe, Train
+from hardener.report import Erased, Evidence, Parent, Report, Training
 from hardener.run import RunFolder
 from hardener.state import States
 from hardener.tasks.base import Task
 
+ERASED = "model.safetensors"
 NOT_TRIED = (
     "reinforcement learning, distillation into another model, and attacks on embeddings or latent states",
     "prompts that are searched for (jailbreaks), and prompts of more than eight examples",
@@ -41,7 +44,7 @@ NOT_TRIED = (
 def open_bench(recipe: Recipe, folder: Path, device: str, say: Narrator) -> Bench:
     """Load task and data, checked for leaks and missing columns; refuse a model that could not be loaded later."""
     say.stage("Preparing data")
-    if recipe.train is not None and recipe.train.deterministic:
+    if any(isinstance(part, Train) and part.deterministic for part in (recipe.train, recipe.erase)):
         # cuBLAS reads it once, when the first attack puts a model on the GPU, long before the hardening asks for it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     task_class = registry.find("tasks", recipe.task)
@@ -68,6 +71,8 @@ def check_model(recipe: Recipe, task: Task, folder: Path) -> None:
     """
     checkpoint.released(folder)
     model = task.load(folder, device_map="meta")
+    if recipe.erase != "none":
+        erase.noised(model, task, () if recipe.erase.modules == "located" else recipe.erase.modules)
     if recipe.defense is not None and recipe.adapter != "none":
         checkpoint.attach(model, recipe.adapter, task)
 
@@ -167,15 +172,59 @@ def before(
     return measurement
 
 
-def harden(recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narrator) -> Training:
-    """Run the defence and save the drop-in release."""
-    assert recipe.defense is not None  # checked before anything started
-    assert recipe.train is not None
+def erased(recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narrator) -> Erased:
+    """Take the restricted capability out of the weights, and keep them in the run folder for `harden`."""
+    from safetensors.torch import save_model
+
+    assert recipe.erase != "none"  # the only reason to be here
+    with say.steps("erasing", recipe.erase.steps) as steps:
+        student, done = erase.run(
+            recipe.erase,
+            bench.task.load(folder),
+            bench.task,
+            bench.streams,
+            bench.device,
+            run.state / "erase",
+            lambda step, logged: steps.update(step, values(logged)),
+        )
+    with files.new_folder(run.state / "erased") as new:
+        save_model(student.cpu(), str(new / ERASED))
+    nats = f"{done.loss_student:.3f} nats on held-back retain rows, the teacher {done.loss_teacher:.3f}"
+    say.note(f"{done.share:.0%} of the weights noised, {done.steps} of {done.planned} steps distilled: {nats}")
+    return done
+
+
+def harden(
+    recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narrator, erased: Erased | None = None
+) -> Training:
+    """Run the defence, on the erased weights if there are some, and save the drop-in release."""
+    model = bench.task.load(folder)
+    if erased is not None:
+        from safetensors.torch import load_model
+
+        load_model(model, run.state / "erased" / ERASED)
+        shutil.rmtree(run.state / "erase", ignore_errors=True)  # the states of a stage that has ended
+    model, training = _defended(recipe, bench, model, run, say, erased)
+    saved = checkpoint.save(checkpoint.merged(model).cpu(), folder, run.release)
+    notes = []
+    if saved.cast_loss > 0.1:
+        notes.append(f"{saved.cast_loss:.0%} of the hardening was lost when casting to the parent's dtype")
+        say.warn(notes[-1])
+    return training.model_copy(update={"erased": erased, "cast_loss": saved.cast_loss, "notes": tuple(notes)})
+
+
+def _defended(
+    recipe: Recipe, bench: Bench, model: nn.Module, run: RunFolder, say: Narrator, erased: Erased | None
+) -> tuple[nn.Module, Training]:
+    """The model after the loop, and what was done; where the recipe has no defence, that is the erasure."""
+    if recipe.defense is None or recipe.train is None:
+        assert erased is not None  # checked before anything started
+        whole = sum(p.numel() for p in model.parameters())
+        return model, Training(defense="erase", title=erase.TITLE, steps=erased.steps, trainable=whole, log=())
     train, task = recipe.train, bench.task
     defense_class = registry.find("defenses", recipe.defense.name)
     defense = defense_class(defense_class.Config(**recipe.defense.settings), train, task)
     torch.manual_seed(train.seed)
-    model = task.load(folder)
     if recipe.adapter != "none":
         model = checkpoint.attach(model, recipe.adapter, task)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -190,20 +239,8 @@ def harden(recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narr
             States(run.state),
             lambda step, logged: steps.update(step, values(logged)),
         )
-    saved = checkpoint.save(checkpoint.merged(model).cpu(), folder, run.release)
-    notes = []
-    if saved.cast_loss > 0.1:
-        notes.append(f"{saved.cast_loss:.0%} of the hardening was lost when casting to the parent's dtype")
-        say.warn(notes[-1])
-    return Training(
-        defense=recipe.defense.name,
-        title=defense_class.Config.title,
-        steps=train.steps,
-        trainable=trainable,
-        log=log,
-        cast_loss=saved.cast_loss,
-        notes=tuple(notes),
-    )
+    title = defense_class.Config.title + (f" after {erase.TITLE}" if erased else "")
+    return model, Training(defense=recipe.defense.name, title=title, steps=train.steps, trainable=trainable, log=log)
 
 
 def after(
