@@ -221,6 +221,22 @@ def test_the_plan_is_made_without_a_byte_of_weights(server: Hub, letters: Path, 
     assert server.writes() == []
 
 
+def test_a_dry_run_asks_the_hub_fails_as_the_run_would_and_leaves_nothing(
+    server: Hub, letters: Path, paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add_model("org/model", letters, card=CARD)
+    monkeypatch.chdir(tmp_path)
+    asked = {"recipe": "tiny-ctrap", "overrides": small.overrides(paths), "dry_run": True}
+    made = pipeline.harden("org/model", push_to="new", **asked).plan
+    assert (made.push_to, made.push_exists, made.push_writable) == ("me/new", False, True)
+    with pytest.raises(HubError, match="lacks the right") as caught:
+        pipeline.harden("org/model", push_to="other/new", **asked)
+    assert caught.value.exit_code == 3
+    assert server.writes() == []
+    assert all(one.range for one in server.asked(r"GET .*\.safetensors"))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_json_form_has_the_names_that_pipelines_read(letters: Path) -> None:
     told = json.loads(json.dumps(plan.plan(recipe(), hub.resolve(str(letters)), None, device="cpu").to_dict()))
     assert list(told) == [field.name for field in fields(plan.Plan)]
