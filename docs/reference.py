@@ -38,6 +38,7 @@ from hardener.recipe import (
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "docs" / "example"
+PRINTED = ("Outcome", "Plan", "Pushed")
 WRITTEN = "<!-- Written by `make docs`; change the code instead. -->"
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -263,7 +264,7 @@ def reports() -> str:
     parts = ["# Report", WRITTEN, escaped(inspect.getdoc(report) or "")]
     parts += [section for node in reversed(classes(report)) for section in fields(node)]
     parts += ["## What `--format json` prints", "`harden` and `probe` print one Outcome; `push` prints one Pushed."]
-    printed = [node for module in (pipeline, plan, push) for node in classes(module) if node.name != "Target"]
+    printed = [node for module in (pipeline, plan, push) for node in classes(module) if node.name in PRINTED]
     return page([*parts, *(section for node in printed for section in fields(node))])
 
 
