@@ -54,8 +54,8 @@ class Ended:
 def request(
     model: str | None,
     *,
-    flavor: str,
-    timeout: str,
+    flavor: str = "a10g-small",
+    timeout: str = "12h",
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     revision: str | None = None,
