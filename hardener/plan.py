@@ -28,7 +28,7 @@ from hardener.client import client, explained, no_right
 from hardener.defenses.configs import CONFIGS, Settings, SophonConfig
 from hardener.errors import ResourceError, UsageError
 from hardener.metadata import ModelRef
-from hardener.recipe import Recipe
+from hardener.recipe import Recipe, Train
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -113,7 +113,7 @@ class Plan:
     device: str
     """Where the time below was estimated."""
     hardening_seconds: float
-    """Estimated; the middle of a range three times as wide as it begins."""
+    """Estimated, erasure included; the middle of a range three times as wide as it begins."""
     probe_seconds: float
     """The same for all attacks. A measurement of the original that is cached already, and the models that judge answers
     or run public benchmarks, are not considered."""
@@ -153,10 +153,12 @@ def plan(
     lora = recipe.adapter != "none"
     # weights; and per trainable weight a gradient, two Adam moments, the look-ahead's copy and its kept gradient.
     # With an adapter those five are adapter-sized; the probe's full fine-tune (4 per weight) is then the peak.
-    copies = 4 if lora or recipe.defense is None else 6
+    # Erasing is a full fine-tune beside its teacher.
+    copies = 6 if recipe.defense and not lora else 4 if recipe.erase == "none" else 5
     runs = [steps for planned in attacks(recipe).values() for steps in planned]
     chosen = _device(device)
-    dtype = recipe.train.dtype if recipe.train else "float32"
+    trained = recipe.train or (recipe.erase if recipe.erase != "none" else None)
+    dtype = trained.dtype if trained else "float32"
     return Plan(
         model=ref.id,
         commit=ref.commit,
@@ -325,15 +327,31 @@ def _settings(recipe: Recipe) -> Settings | None:
 
 
 def hardening(recipe: Recipe) -> Work:
-    """The outer loop."""
-    train = recipe.train
+    """The erasure, where there is one, and the outer loop."""
+    train, erased = recipe.train, erasing(recipe)
     if train is None:
-        return Work(0, 0)
-    trained = TRAINED + (1 if train.checkpointing else 0)
+        return erased
     return Work(
-        rows=trained * train.steps * rows_per_step(recipe),
-        passes=train.steps * passes(recipe) * train.grad_accumulation,
+        rows=erased.rows + _trained(train) * train.steps * rows_per_step(recipe),
+        passes=erased.passes + train.steps * passes(recipe) * train.grad_accumulation,
     )
+
+
+def erasing(recipe: Recipe) -> Work:
+    """Unlearning, then distillation, whose every step asks the teacher too."""
+    erase = recipe.erase
+    if erase == "none":
+        return Work(0, 0)
+    unlearned = 0 if erase.unlearn == "none" else erase.unlearn.steps
+    return Work(
+        rows=erase.batch_size * (_trained(erase) * (unlearned + erase.steps) + erase.steps),
+        passes=erase.grad_accumulation * (unlearned + 2 * erase.steps),
+    )
+
+
+def _trained(train: Train) -> int:
+    """Rows forward that a row costs which is trained on."""
+    return TRAINED + train.checkpointing
 
 
 def probing(recipe: Recipe, runs: Iterable[int]) -> Work:

@@ -308,6 +308,15 @@ def test_the_rows_of_a_step_are_those_that_the_defence_sends_through_the_model(
     assert (work.passes, work.rows) == (4 * len(seen), 4 * 3 * sum(seen))
 
 
+def test_the_rows_of_an_erasure_are_those_of_student_and_teacher() -> None:
+    erase = recipe(name="tiny-erase").erase
+    chosen = recipe("erase.steps=5", "erase.batch_size=8", "erase.unlearn={steps: 2, lr: 1.0e-3}", name="tiny-erase")
+    assert erase != "none"
+    assert plan.erasing(chosen) == plan.Work(8 * (2 * 3 + 5 * 3 + 5), 2 + 5 * 2)
+    assert plan.hardening(chosen) == plan.erasing(chosen)
+    assert plan.erasing(recipe()) == plan.Work(0, 0)
+
+
 def test_a_defence_of_a_third_party_has_no_count() -> None:
     foreign = recipe().model_copy(update={"defense": recipe().defense.model_copy(update={"name": "theirs"})})
     assert (plan.passes(foreign), plan.rows_per_step(foreign)) == (0, 0)
