@@ -591,8 +591,11 @@ def set_up(server: Hub, parent: ModelRef, made: Path, kind: Callable[[Hub, Journ
     return journal
 
 
-def nothing_half(server: Hub, journal: Journal, before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Whether each reference is as before or whole, and what this run made is private and known to it, or whole."""
+def nothing_half(server: Hub, journal: Journal, before: dict[str, Any], after: dict[str, Any], said: str) -> bool:
+    """Whether each reference is as before or whole, and what this run made is private and known to it, or whole.
+
+    A new branch without the release is there only if the error says so.
+    """
     repo = state(server).get(journal.repo)
     if repo is None:
         return True
@@ -601,7 +604,17 @@ def nothing_half(server: Hub, journal: Journal, before: dict[str, Any], after: d
         return mine or repo["refs"] == after[journal.repo]["refs"]
     whole = after[journal.repo]["refs"]
     was = before[journal.repo]["refs"]
-    return all(files in (was.get(ref, was["main"]), whole[ref]) for ref, files in repo["refs"].items())
+    copy = was["main"] if "stays as a copy of main" in said else None
+    return all(files in (was.get(ref, copy), whole[ref]) for ref, files in repo["refs"].items())
+
+
+def failure(journal: Journal) -> str | None:
+    """What a failed attempt says."""
+    try:
+        journal.attempt()
+    except HubError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize(("kind", "fault"), CASES)
@@ -617,16 +630,14 @@ def test_the_client_survives_every_fault_with_nothing_lost_and_nothing_half_push
     for nth, line in enumerate(lines):
         journal = set_up(server, parent, made, kind)
         server.fail(f"^{line}$", **FAULTS[fault], skip=lines[:nth].count(line))
-        try:
-            journal.attempt()
-        except HubError:
+        if (said := failure(journal)) is not None:
             failed += 1
-            assert nothing_half(server, journal, before, after), line
+            assert nothing_half(server, journal, before, after, said), line
             server.faults.clear()
             journal.attempt()
         assert state(server) == after, line
     assert len(lines) > 10
-    assert failed > len(lines) / 3 or fault in ("is answered slowly", "fails once", "is put off", "is done and fails")
+    assert failed > 2 or fault in ("is answered slowly", "fails once", "is put off", "is done and fails")
     assert failed == 0 or fault != "is answered slowly"
     assert waits or fault != "is put off"
 
