@@ -8,11 +8,13 @@ CTRAP, SOPHON, Booster, TAR and SAM share this skeleton. It is written once, in 
             there.keep(penalty, weight)                     ∇ at θ_k, set aside and added up
     there.add_kept()                                        θ is back bit for bit; kept gradient joins θ's own
 
-First order: the gradient at θ_k is applied at θ as it is (∂θ_k/∂θ is taken as the identity).
+First order: the gradient at θ_k is applied at θ as it is (∂θ_k/∂θ is taken as the identity). After one normalised
+step, `there.differentiate` puts the exact derivative in its place.
 
 Cost: one backward pass per `step` and per `keep`; one copy of the trainable weights, one of their gradient, and the
-attacker's optimizer state, independent of the number of steps. Everything is a plain tensor of the local shard, so
-the same lines serve one device and sharded parameters; the only global number is the norm inside `NormalisedStep`.
+attacker's optimizer state, independent of the number of steps. Second order: two passes and one copy more. Everything
+is a plain tensor of the local shard, so the same lines serve one device and sharded parameters; the only global numbers
+are norms and dot products.
 """
 
 from __future__ import annotations
@@ -26,12 +28,16 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from hardener.errors import DivergedError
+from hardener.errors import DivergedError, RecipeError
 
 Objective = Callable[[], object]
 """Computes a loss and calls `backward`, adding into `.grad` of the trainable parameters."""
 Attacker = Callable[[list[nn.Parameter]], Optimizer]
 """Makes the attacker's fresh optimizer, e.g. `lambda params: torch.optim.AdamW(params, lr=1e-4)`."""
+TINY = 1e-7
+"""Added to ‖g‖, as the authors of CTRAP and Booster do, so that no gradient at all is no step."""
+SPAN = 1e-3
+"""‖εw‖/‖θ‖ of the difference that stands for a Hessian-vector product: small, yet far above float32's rounding."""
 
 
 class NormalisedStep(Optimizer):
@@ -41,46 +47,83 @@ class NormalisedStep(Optimizer):
     """
 
     def __init__(self, params: Iterable[nn.Parameter], radius: float) -> None:
-        super().__init__(params, {"radius": radius})
+        super().__init__(params, {})
+        self.radius = radius
+        self.norm = 0.0
+        """‖g‖ of the step that was taken."""
+
+    @property
+    def rate(self) -> float:
+        """What g was multiplied by: α/(‖g‖ + 1e-7)."""
+        return self.radius / (self.norm + TINY)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
-        for group in self.param_groups:
-            moving = [p for p in group["params"] if p.grad is not None]
-            norm = global_norm(p.grad for p in moving)
-            for p in moving:
-                p.sub_(p.grad, alpha=group["radius"] / (norm + 1e-7))
+        moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.norm = global_norm(p.grad for p in moving)
+        for p in moving:
+            p.sub_(p.grad, alpha=self.rate)
 
 
 def global_norm(gradients: Iterable[Tensor | None]) -> float:
     """L2 norm over all tensors and shards. Raises DivergedError if it is not finite."""
-    norm = get_total_norm([g for g in gradients if g is not None])
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    value = float(whole)
-    if not torch.isfinite(whole):
+    norm = _whole(get_total_norm([g for g in gradients if g is not None]))
+    value = float(norm)
+    if not torch.isfinite(norm):
         raise DivergedError(f"the gradient norm is {value}; lower the learning rate or radius, or raise the precision")
     return value
+
+
+def _dot(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
+    """Sum of products over all tensors and shards."""
+    return float(torch.stack([_whole((a * b).sum()) for a, b in zip(one, other, strict=True)]).sum())
+
+
+def _whole(scalar: Tensor) -> Tensor:
+    """The value over all shards."""
+    return scalar.full_tensor() if hasattr(scalar, "full_tensor") else scalar
+
+
+class Randomness:
+    """The random state of the CPU and of the parameters' GPUs, to be put back any number of times."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        devices = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
+        self._cpu = torch.get_rng_state()
+        self._gpus = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def restore(self) -> None:
+        """Draw on from where the state was taken."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._gpus.items():
+            torch.cuda.set_rng_state(state, device)
 
 
 class There:
     """The attacker's place: step on, and set gradients aside."""
 
-    def __init__(self, params: list[nn.Parameter], optimizer: Optimizer) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], start: list[Tensor], optimizer: Optimizer, noise: Randomness | None
+    ) -> None:
         self._params = params
+        self._start = start
         self._optimizer = optimizer
+        self._noise = noise
+        self._steps = 0
         self.kept: list[Tensor | None] = [None] * len(params)
         """Per parameter the sum of weighted gradients set aside so far."""
 
     def step(self, objective: Objective) -> None:
         """Take one attacker step on the gradient of `objective`."""
-        objective()
+        self._run(objective)
         self._optimizer.step()
+        self._steps += 1
         self._forget()
 
     def keep(self, objective: Objective, weight: float = 1.0) -> None:
         """Set `weight` × the gradient of `objective` at this place aside."""
-        objective()
+        self._run(objective)
         for i, p in enumerate(self._params):
             if p.grad is None:
                 continue
@@ -88,11 +131,58 @@ class There:
             self.kept[i] = p.grad * weight if mine is None else mine.add_(p.grad, alpha=weight)
         self._forget()
 
-    def add_kept(self) -> None:
-        """Add what was set aside to `.grad` of the parameters."""
+    @torch.no_grad()
+    def differentiate(self, objective: Objective, span: float = SPAN) -> None:
+        """Take what is kept, v = ∇C(θ'), through the step θ' = θ − α·g/‖g‖: it becomes ∇_θ C(θ'), to O(span²).
+
+            ∇_θ C(θ') = v − (α/‖g‖)·H·w,   w = v − ĝ(ĝ·v),   H·w = [∇L(θ + εw) − ∇L(θ − εw)] / 2ε,   ε‖w‖ = span·‖θ‖
+
+        `objective` adds ∇L: the rows that the step was taken on, and (with `same_noise`) its random state. Two plain
+        passes, so that fused attention and sharded weights serve, which have no double backward. The last thing that
+        is done there: the weights are left beside θ. Raises RecipeError unless one normalised step was taken.
+        """
+        attacker = self._optimizer
+        if not isinstance(attacker, NormalisedStep) or self._steps != 1:
+            raise RecipeError(
+                f"defense.order: second order is defined after one normalised step, not after {self._steps} of "
+                f"{type(attacker).__name__}; use first order"
+            )
+        if attacker.norm == 0:
+            return
+        across = self._across(attacker)
+        length = global_norm(across)
+        if length == 0:
+            return
+        epsilon = span * global_norm(self._start) / length
+        for side in (epsilon, -epsilon):
+            for p, weight, direction in zip(self._params, self._start, across, strict=True):
+                p.copy_(weight).add_(direction, alpha=side)
+            with torch.enable_grad():
+                self.keep(objective, -attacker.rate / (2 * side))
+
+    def _across(self, attacker: NormalisedStep) -> list[Tensor]:
+        """w: what is kept without its part along the step, as only the direction of g counts."""
+        kept = [torch.zeros_like(p) if v is None else v for p, v in zip(self._params, self.kept, strict=True)]
+        moved = [start - p for start, p in zip(self._start, self._params, strict=True)]  # α·g/(‖g‖ + 1e-7)
+        share = _dot(moved, kept) / _dot(moved, moved) * (attacker.norm * attacker.rate / attacker.radius)
+        return [v - m.mul_(share) for v, m in zip(kept, moved, strict=True)]
+
+    def norm(self) -> float:
+        """L2 norm of what was set aside. Raises DivergedError if it is not finite."""
+        return global_norm(self.kept)
+
+    def add_kept(self, weight: float = 1.0, cap: float | None = None) -> None:
+        """Add `weight` × what was set aside, first cut to the norm `cap`, to `.grad` of the parameters."""
+        if cap is not None:
+            weight *= min(1.0, cap / (self.norm() + TINY))
         for p, kept in zip(self._params, self.kept, strict=True):
             if kept is not None:
-                p.grad = kept.clone() if p.grad is None else p.grad.add_(kept)
+                p.grad = kept * weight if p.grad is None else p.grad.add_(kept, alpha=weight)
+
+    def _run(self, objective: Objective) -> None:
+        if self._noise is not None:
+            self._noise.restore()
+        objective()
 
     def _forget(self) -> None:
         for p in self._params:
@@ -100,26 +190,28 @@ class There:
 
 
 @contextmanager
-def simulated_attack(model: nn.Module, attacker: Attacker) -> Iterator[There]:
+def simulated_attack(model: nn.Module, attacker: Attacker, same_noise: bool = False) -> Iterator[There]:
     """Let an attacker walk away from the present weights; on leaving, everything is as it was, bit for bit.
 
     Restored from a copy (subtracting what was added drifts): trainable parameters and their `.grad`, all buffers,
-    the random state of the CPU and of the model's device. `model` is changed in place meanwhile.
+    the random state of the CPU and of the model's device. `model` is changed in place meanwhile. With `same_noise`
+    every pass there begins with the random state of the entry, which is also that of the next pass at θ: where rows
+    are the same, dropout is.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     weights = [p.detach().clone() for p in params]
     gradients = [p.grad for p in params]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
-    there = There(params, attacker(params))
+    noise = Randomness(params)
+    there = There(params, weights, attacker(params), noise if same_noise else None)
     there._forget()
-    with torch.random.fork_rng(devices):
-        try:
-            yield there
-        finally:
-            with torch.no_grad():
-                for p, weight, gradient in zip(params, weights, gradients, strict=True):
-                    p.copy_(weight)
-                    p.grad = gradient
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+    try:
+        yield there
+    finally:
+        noise.restore()
+        with torch.no_grad():
+            for p, weight, gradient in zip(params, weights, gradients, strict=True):
+                p.copy_(weight)
+                p.grad = gradient
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -7,7 +7,7 @@ accumulation, clipping, schedule, logging and resumable state are here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ from hardener.lookahead import Objective, global_norm
 from hardener.losses import Loss
 from hardener.recipe import Role, Train
 from hardener.state import States
-from hardener.tasks.base import Example, Task
+from hardener.tasks.base import Batch, Example, Task
 
 LOGGED = 200
 """At most this many points of the log are kept in the report."""
@@ -83,6 +83,8 @@ class Outer:
         self.train = train
         self.accelerator = accelerator
         self.model: nn.Module = accelerator.prepare(model)
+        self.number = 1
+        """The present outer step, counted from 1."""
         self.optimizers = defense.optimizers(self.params)
         self.schedules = {name: self._schedule(o) for name, o in self.optimizers.items()}
         self.samplers = {
@@ -104,31 +106,52 @@ class Outer:
         """The next `n` rows of a role."""
         return self.samplers[role].draw(n)
 
-    def gradient(self, loss: Loss, examples: Sequence[Example], log: dict[str, float], name: str) -> Objective:
+    def gradient(
+        self,
+        loss: Loss,
+        examples: Sequence[Example],
+        log: dict[str, float],
+        name: str,
+        beside: Mapping[str, Loss] | None = None,
+    ) -> Objective:
         """Return a function that adds the gradient of the mean loss over `examples` to `.grad`.
 
         Micro-batches are weighted by their number of targets, so that accumulation gives the gradient of the whole
-        batch. The mean loss goes into `log[name]`, averaged over calls of the same step. Raises DivergedError for NaN.
+        batch. The mean loss goes into `log[name]`, averaged over calls of the same step, and so do further means over
+        the same answers, `beside`, which are not trained on. Raises DivergedError for NaN.
         """
+        beside = beside or {}
 
         def backward() -> None:
-            total = sum(e.targets for e in examples)
-            mean = 0.0
-            for part in micro_batches(examples, self.train.grad_accumulation):
-                batch = self.task.collate(part).to(self.accelerator.device)
+            means = dict.fromkeys((name, *beside), 0.0)
+            for batch, share in self.micro_batches(examples):
                 with self.autocast():
                     logits, labels = self.task.targets(self.model, batch)
                 wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                value = loss(wide, labels) * (batch.targets / total)
+                value = loss(wide, labels) * share
+                with torch.no_grad():
+                    for other, measure in beside.items():
+                        means[other] += float(measure(wide, labels)) * share
                 self.accelerator.backward(value)
-                mean += float(value.detach())
-            if not math.isfinite(mean):
-                raise DivergedError(f"the {name} loss is {mean}; lower train.lr, or harden in float32")
-            count = log.get(f"#{name}", 0.0)
-            log[name] = (log.get(name, 0.0) * count + mean) / (count + 1)
-            log[f"#{name}"] = count + 1
+                means[name] += float(value.detach())
+            if not math.isfinite(means[name]):
+                raise DivergedError(f"the {name} loss is {means[name]}; lower train.lr, or harden in float32")
+            for key, mean in means.items():
+                count = log.get(f"#{key}", 0.0)
+                log[key] = (log.get(key, 0.0) * count + mean) / (count + 1)
+                log[f"#{key}"] = count + 1
 
         return backward
+
+    def micro_batches(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, float]]:
+        """Micro-batches on the device, each with its share of all targets; the one place where losses are normalised.
+
+        Several ranks would sum `total` over them here, and nowhere else.
+        """
+        total = sum(e.targets for e in examples)
+        for part in micro_batches(examples, self.train.grad_accumulation):
+            batch = self.task.collate(part).to(self.accelerator.device)
+            yield batch, batch.targets / total
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where the recipe asks for it. Not accelerate's, whose precision is fixed once per process."""
@@ -136,14 +159,22 @@ class Outer:
             self.accelerator.device.type, torch.bfloat16, enabled=self.train.dtype == "bfloat16", cache_enabled=False
         )
 
-    def step(self, name: str, clip: float | None) -> None:
-        """One step of the optimizer `name` on `.grad`, clipped to a global norm; gradients are cleared."""
-        norm = global_norm(p.grad for p in self.params)
+    def norm(self) -> float:
+        """L2 norm of `.grad` over all trainable parameters. Raises DivergedError if it is not finite."""
+        return global_norm(p.grad for p in self.params)
+
+    def step(self, name: str, clip: float | None) -> float:
+        """One step of the optimizer `name` on `.grad`, clipped to a global norm; gradients are cleared.
+
+        Returns what clipping multiplied the gradient by: 1 is untouched.
+        """
+        norm = self.norm()
         if clip is not None:
             clip_grads_with_norm_(self.params, clip, torch.tensor(norm))
         self.optimizers[name].step()
         for p in self.params:
             p.grad = None
+        return 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
 
     def advance(self) -> None:
         """Move every schedule on by one outer step."""
@@ -194,6 +225,7 @@ def run(
     done = states.restore(outer, log)
     every = max(1, train.steps // LOGGED)
     for step in range(done + 1, train.steps + 1):
+        outer.number = step
         values = {name: v for name, v in defense.step(outer).items() if not name.startswith("#")}
         outer.advance()
         if step % every == 0 or step == train.steps:

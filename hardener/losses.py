@@ -35,6 +35,18 @@ def collapse(token: int) -> Loss:
     return loss
 
 
+def probability(token: int) -> Loss:
+    """Return the mean of p(e) over answer tokens, for one fixed token `e`: no loss, but what a collapse trap watches.
+
+    Near 0 in a model that is whole, near 1 in one that has collapsed.
+    """
+
+    def share(logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits[:, token] - logits.logsumexp(-1)).exp().mean()
+
+    return share
+
+
 def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """SOPHON's ICE: mean −log(1 − p_y) = softplus(z_y − LSE_{j≠y} z_j), arXiv 2404.12699.
 

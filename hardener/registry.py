@@ -19,6 +19,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     },
     "defenses": {
         "ctrap": "hardener.defenses.ctrap:Ctrap",
+        "ctrap-rollout": "hardener.defenses.ctrap_rollout:CtrapRollout",
         "sophon": "hardener.defenses.sophon:Sophon",
     },
     "attacks": {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hardener.errors import DivergedError
+from hardener.errors import DivergedError, RecipeError
 from hardener.lookahead import NormalisedStep, simulated_attack
 
 
@@ -162,6 +162,92 @@ def alone(model: nn.Module, seed: int) -> torch.Tensor:
     twin.zero_grad()
     objective(twin, seed)()
     return twin[4].weight.grad
+
+
+def test_what_is_added_is_cut_to_the_cap_first():
+    model = network().eval()
+    with simulated_attack(model, ATTACKERS["sgd"]) as there:
+        there.keep(objective(model, 2))
+    whole = there.norm()
+    there.add_kept(weight=3.0, cap=whole / 2)
+    added = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert float(added.norm()) == pytest.approx(1.5 * whole, rel=1e-5)
+    model.zero_grad()
+    there.add_kept(weight=3.0, cap=whole * 2)
+    assert torch.allclose(model[4].weight.grad, 3 * there.kept[-2])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_passes_see_the_same_dropout_where_that_is_asked_for(same):
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(30, 1, bias=False))
+
+    def drop() -> None:
+        model(torch.ones(1, 30)).sum().backward()  # the gradient is the mask
+
+    torch.manual_seed(4)
+    drop()
+    mask, model[1].weight.grad = model[1].weight.grad, None
+    torch.manual_seed(4)
+    with simulated_attack(model, lambda params: torch.optim.SGD(params, lr=0.0), same_noise=same) as there:
+        there.step(drop)
+        there.keep(drop)
+    assert torch.equal(there.kept[0], mask) == same
+    drop()
+    assert torch.equal(model[1].weight.grad, mask)  # at θ as if nobody had looked ahead
+
+
+def curved(model: nn.Module, power: int):
+    return lambda: (model.weight**power).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_second_order_is_refused_after_an_attacker_with_state(name):
+    model = nn.Linear(3, 1, bias=False)
+    with simulated_attack(model, ATTACKERS[name]) as there:
+        there.step(curved(model, 4))
+        there.keep(curved(model, 2))
+        with pytest.raises(RecipeError, match="second order is defined after one normalised step, not after 1 of"):
+            there.differentiate(curved(model, 4))
+
+
+def test_second_order_is_refused_after_two_steps_and_leaves_everything_restored():
+    model = nn.Linear(3, 1, bias=False)
+    before = model.weight.detach().clone()
+    with simulated_attack(model, ATTACKERS["normalised"]) as there:
+        for _ in range(2):
+            there.step(curved(model, 4))
+        there.keep(curved(model, 2))
+        with pytest.raises(RecipeError, match="not after 2 of NormalisedStep"):
+            there.differentiate(curved(model, 4))
+    assert torch.equal(model.weight, before)
+
+
+def test_second_order_on_a_parabola_is_the_closed_form():
+    """v − (α/‖g‖)·A·(v − ĝ(ĝ·v)); differences of a linear gradient are exact."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 5, 5, generator=generator, dtype=torch.float64)
+    a_curve, b_curve = root @ root.transpose(1, 2) / 5
+    a, b, start = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    model = nn.ParameterList([nn.Parameter(start.clone())])
+    with simulated_attack(model, lambda params: NormalisedStep(params, 0.4)) as there:
+        there.step(lambda: parabola(model[0], a_curve, a).backward())
+        there.keep(lambda: parabola(model[0], b_curve, b).backward())
+        there.differentiate(lambda: parabola(model[0], a_curve, a).backward())
+    g = a_curve @ (start - a)
+    v = b_curve @ (start - 0.4 * g / g.norm() - b)
+    unit = g / g.norm()
+    expected = v - 0.4 / g.norm() * a_curve @ (v - unit * (unit @ v))
+    assert not torch.allclose(v, expected, rtol=0.1)
+    assert torch.allclose(there.kept[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_second_order_of_no_step_at_all_is_first_order():
+    model = nn.Linear(3, 1, bias=False).double()
+    with simulated_attack(model, ATTACKERS["normalised"]) as there:
+        there.step(lambda: (model.weight * 0).sum().backward())
+        there.keep(curved(model, 2))
+        there.differentiate(lambda: (model.weight * 0).sum().backward())
+    assert torch.equal(there.kept[0], 2 * model.weight.detach())
 
 
 def test_a_gradient_that_is_no_number_stops_the_attack():

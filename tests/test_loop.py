@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hardener import loop, registry
 from hardener.defenses import configs
 from hardener.errors import DivergedError
 from hardener.loop import Sampler, micro_batches
-from hardener.losses import cross_entropy
+from hardener.losses import cross_entropy, probability
 from hardener.state import States
 
 
@@ -86,6 +87,22 @@ def test_sophon_too_goes_on_with_the_same_bits(request, tmp_path, bed):
     assert resumed[1] == straight[1]
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"inner_state": "warm", "benign_weight": 0.5}, {"inner_adapter": {"r": 2, "alpha": 4}}]
+)
+def test_a_rollout_too_goes_on_with_the_same_bits(letters, paths, tmp_path, settings):
+    """Its draws depend on the number of the step, warm moments of both walks are in the state, rows go on."""
+    own = {"name": "ctrap-rollout", "inner_steps": [1, 3], "inner_lr": [1e-3, 1e-2], **settings}
+    chosen = small.recipe(paths, "defense=" + json.dumps(own), "train.schedule=cosine")
+    straight = train(chosen, letters, tmp_path / "straight")
+    assert len({point["rate"] for point in straight[1]}) == 4
+    with pytest.raises(Stop):
+        train(chosen, letters, tmp_path / "broken", stop_after=3)
+    resumed = train(chosen, letters, tmp_path / "broken")
+    assert same(resumed[0], straight[0])
+    assert resumed[1] == straight[1]
+
+
 def test_only_two_states_are_kept(whole):
     assert [folder.name for folder in States(whole[2]).all()] == ["step-000003", "step-000004"]
     assert sorted(path.name for path in whole[2].iterdir()) == ["step-000003", "step-000004"]
@@ -129,14 +146,15 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch_for_uneven_answers(l
     gradients = []
     for parts in (1, 3, 4):
         _, outer = small.defended(small.recipe(paths, f"train.grad_accumulation={parts}"), letters)
+        outer.model.double()
         examples = sorted(outer.draw("restricted", 10), key=lambda e: e.targets)
         assert len({sum(e.targets for e in part) for part in micro_batches(examples, 4)}) > 1
         log: dict[str, float] = {}
-        outer.gradient(cross_entropy, examples, log, "loss")()
-        gradients.append([p.grad.double() for p in outer.params] + [torch.tensor([log["loss"]]).double()])
+        outer.gradient(cross_entropy, examples, log, "loss", {"p(e)": probability(5)})()
+        gradients.append([p.grad for p in outer.params] + [torch.tensor([log["loss"], log["p(e)"]]).double()])
     for other in gradients[1:]:
         for one, two in zip(gradients[0], other, strict=True):
-            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12)
 
 
 def test_accumulation_gives_the_same_weights(letters, paths, tmp_path):
@@ -199,7 +217,9 @@ def test_a_sampler_put_back_goes_on_where_it_was():
 
 def test_the_log_has_a_step_and_finite_losses_and_at_most_two_hundred_points(whole, paths, letters):
     assert [point["step"] for point in whole[1]] == [1, 2, 3, 4]
-    assert all(set(point) == {"step", "harmful", "collapse", "retain"} for point in whole[1])
+    losses, told = {"harmful", "collapse", "retain"}, {"p(e)", "p(e) attacked", "norm retain", "norm collapse", "clip"}
+    assert all(set(point) == {"step"} | losses | told for point in whole[1])
+    assert all(math.isfinite(value) for point in whole[1] for value in point.values())
     assert json.loads(json.dumps(whole[1])) == list(whole[1])
 
 

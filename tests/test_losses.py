@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hardener.losses import collapse, cross_entropy, inverse_cross_entropy, kl_from_uniform
+from hardener.losses import collapse, cross_entropy, inverse_cross_entropy, kl_from_uniform, probability
 
 
 @pytest.fixture
@@ -69,6 +69,12 @@ def test_losses_and_gradients_are_finite_at_extreme_logits(loss, extreme):
 
 def test_collapse_is_the_cross_entropy_of_one_token_everywhere(logits, labels):
     assert collapse(3)(logits, labels) == cross_entropy(logits, torch.full_like(labels, 3))
+
+
+def test_the_watched_probability_is_that_of_the_token_and_finite_where_the_loss_is_large(logits, labels):
+    assert torch.allclose(probability(3)(logits, labels), logits.softmax(-1)[:, 3].mean())
+    extreme = torch.tensor([[0.0, 1e4], [1e4, 0.0]])
+    assert float(probability(1)(extreme, labels[:2])) == 0.5
 
 
 def test_collapse_is_zero_for_a_model_that_always_answers_the_token():

@@ -20,6 +20,7 @@ NAMES = resources.recipes()
 def test_the_recipes_of_the_papers_are_shipped() -> None:
     assert {
         "ctrap",
+        "ctrap-rollout",
         "sophon-image",
         "sophon-text",
         "tiny-ctrap",
@@ -27,7 +28,6 @@ def test_the_recipes_of_the_papers_are_shipped() -> None:
         "tiny-sophon-image",
         "tiny-sophon-text",
     } <= set(NAMES)
-    assert sorted(NAMES) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,7 +81,9 @@ def test_ctrap_has_the_published_setting() -> None:
     assert recipe.train is not None
     assert recipe.defense is not None
     assert recipe.adapter == Lora(r=32, alpha=4, target_modules=("q_proj", "k_proj", "v_proj"))
-    assert recipe.defense.settings == {"lam": 0.1, "radius": 0.1, "collapse_text": "an error"}
+    settings = recipe.defense.settings
+    assert (settings["lam"], settings["radius"], settings["collapse_text"]) == (0.1, 0.1, "an error")
+    assert settings["order"] == "first"
     train = recipe.train
     assert (train.steps, train.batch_size, train.lr, train.weight_decay, train.clip) == (
         20_000,
@@ -94,6 +96,18 @@ def test_ctrap_has_the_published_setting() -> None:
     alpaca = recipe.data.template.format(prompt="Q")
     assert alpaca.startswith("Below is an instruction")
     assert alpaca.endswith("### Instruction:\nQ\n\n### Response:\n")
+
+
+def test_the_rollout_has_the_setting_of_its_one_trial_and_says_that_it_is_not_the_papers() -> None:
+    recipe = recipe_file.load("ctrap-rollout")
+    assert recipe.defense is not None
+    settings = recipe.defense.settings
+    assert (settings["lam"], settings["cap"]) == (1.0, 1.0)
+    assert (settings["inner_steps"], settings["inner_lr"]) == ((2, 16), (3e-5, 3e-4))
+    assert (settings["inner_optimizer"], settings["inner_state"], settings["benign_weight"]) == ("adamw", "fresh", 0.0)
+    assert "extension" in recipe.title
+    assert "not the paper's" in (shipped("recipes") / "ctrap-rollout.yaml").read_text(encoding="utf-8")
+    assert recipe.data == recipe_file.load("ctrap").data
 
 
 def test_sophon_image_has_the_published_setting() -> None:
