@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -69,6 +69,11 @@ PushAnywayOption = Annotated[
     typer.Option("--push-anyway", help="publish although the evidence forbids it; the card then says so first"),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="never ask")]
+OnOption = Annotated[
+    Literal["hf-jobs"] | None, typer.Option("--on", help="run this command as a Job on the Hub, and follow it")
+]
+FlavorOption = Annotated[str | None, typer.Option(help="with --on: the Hub's machine; default a10g-small")]
+TimeoutOption = Annotated[str | None, typer.Option(help="with --on: the Job ends after so long; default 12h")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -115,6 +120,9 @@ def harden(
     yes: YesOption = False,
     probe_preset: ProbeOption = None,
     fail_under: GateOption = None,
+    on: OnOption = None,
+    flavor: FlavorOption = None,
+    timeout: TimeoutOption = None,
     format: FormatOption = "human",
     debug: DebugOption = False,
 ) -> None:
@@ -130,31 +138,32 @@ def harden(
     """
     from hardener import pipeline
 
-    overrides = [*(set_ or ()), *_as_overrides(probe_preset, fail_under)]
     narrator = _narrator(format)
     if push_to and not dry_run and not yes:
         _confirm(f"Publish to {push_to} if the evidence allows it?")
-    outcome = pipeline.harden(
-        model,
-        recipe=recipe,
-        overrides=overrides,
-        revision=revision,
-        output=output,
-        push_to=push_to,
-        private=private,
-        create_pr=create_pr,
-        branch=branch,
-        tag=tag,
-        sign=sign,
-        card_template=card_template,
-        device=device,
-        dry_run=dry_run,
-        resume=resume,
-        from_report=from_report,
-        push_anyway=push_anyway,
-        narrator=narrator,
-    )
-    _finish(outcome, format, narrator)
+    asked: dict[str, Any] = {
+        "recipe": recipe,
+        "overrides": [*(set_ or ()), *_as_overrides(probe_preset, fail_under)],
+        "revision": revision,
+        "output": output,
+        "push_to": push_to,
+        "private": private,
+        "create_pr": create_pr,
+        "branch": branch,
+        "tag": tag,
+        "sign": sign,
+        "card_template": card_template,
+        "device": device,
+        "resume": resume,
+        "from_report": from_report,
+        "push_anyway": push_anyway,
+    }
+    machine = {name: value for name, value in (("flavor", flavor), ("timeout", timeout)) if value is not None}
+    if on is not None:
+        _as_job(model, {**asked, **machine}, dry_run, format, narrator)
+    if machine:
+        raise UsageError("--flavor and --timeout are those of a Job; add --on hf-jobs, or leave them out")
+    _finish(pipeline.harden(model, **asked, dry_run=dry_run, narrator=narrator), format, narrator)
 
 
 @app.command()
@@ -378,6 +387,22 @@ def _as_overrides(preset: str | None, gate: str | None) -> list[str]:
     return [f"probe.{key}={value}" for key, value in (("preset", preset), ("gate", gate)) if value is not None]
 
 
+def _as_job(model: str | None, asked: dict[str, Any], dry_run: bool, format: Format, narrator: Narrator) -> NoReturn:
+    """Print the request of a Job, or send it and end as it ends."""
+    from dataclasses import asdict
+
+    from hardener import jobs
+
+    request = jobs.request(model, **asked)
+    if dry_run:
+        print(json.dumps(request, indent=1))
+        raise typer.Exit
+    ended = jobs.submit(request, narrator)
+    if format == "json":
+        print(json.dumps(asdict(ended), indent=1))
+    raise typer.Exit(ended.exit_code)
+
+
 def _narrator(format: Format) -> Narrator:
     from hardener.console import Narrator
 
@@ -431,6 +456,8 @@ def main() -> None:
         app()
     except (Exception, Interrupted) as error:
         code, text = _told(error)
+        if staying := getattr(error, "staying", None):  # a repository that was made for the run
+            text += f"\n{staying}"
         go_on = getattr(error, "go_on", None)  # known once there is a run folder
         if go_on is not None and code > RESUMABLE:
             text += f"\n{go_on}"

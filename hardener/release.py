@@ -18,9 +18,10 @@ from hardener.run import RunFolder
 
 
 def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
-    """Put report, recipe, plots, card, BOM and sums beside the weights, and sign it all if the run was asked to.
+    """Put report, recipe, plots, card, BOM and sums beside the weights, and sign it all by the key that was asked for.
 
-    Benchmarks that the Hub knows go where it looks for them.
+    Benchmarks that the Hub knows go where it looks for them. A keyless signature enters a public log, so it waits
+    until the release is published.
     """
     import yaml
 
@@ -42,8 +43,14 @@ def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
         files.write_text(run.release / eval_results.NAME, yaml.safe_dump(public, sort_keys=False))
     files.write_json(run.release / bom.NAME, bom.bom(report, run.release))
     write_sums(run.release)
-    if (asked := run.request.get("sign")) is not None:
-        signing.sign(run.release, signing.chosen(asked))
+    if run.request.get("sign") not in (None, signing.KEYLESS):
+        _sign(run)
+
+
+def _sign(run: RunFolder) -> None:
+    from hardener import signing
+
+    signing.sign(run.release, signing.chosen(run.request["sign"]))
 
 
 def write_sums(release: Path) -> None:
@@ -187,7 +194,11 @@ def _over(run: RunFolder, error: BaseException) -> bool:
 
 def publish(run: RunFolder, repo: str, report: Report) -> Pushed:
     """Push the release to its prepared target, with its verdict as the message."""
+    from hardener import signing
+
     assert report.evidence is not None  # a release is pushed after it was judged
+    if run.request.get("sign") == signing.KEYLESS and not (run.release / files.SIGNATURE).exists():
+        _sign(run)
     message = f"Hardened with {report.recipe['name']}: {report.evidence.word}"
     return push(run.release, prepared(run, repo), message=message, note=_noted(run, repo))
 

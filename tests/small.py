@@ -27,6 +27,13 @@ SMALL = (
 SOPHON = ("defense.inner_steps=2", "defense.inner_batch=8", "defense.query_batch=4")
 
 
+VERIFIED = {
+    **dict.fromkeys(("sums", "report", "recipe", "bom"), "ok"),
+    **{"parent": "not checked (a local folder)", "signature": "none"},
+}
+"""What `verify` says of an unsigned release whose parent was a folder."""
+
+
 def overrides(paths: Mapping[str, Path], *more: str, name: str = "tiny-ctrap") -> list[str]:
     """What makes a tiny recipe small."""
     own = (GENERATIVE,) if name == "tiny-ctrap" else (CLASSIFIER, *SOPHON)

@@ -363,3 +363,48 @@ def test_an_end_of_the_following_says_that_the_job_goes_on(error: BaseException)
 def test_nothing_heavy_is_needed_to_build_a_request() -> None:
     script = "import sys; from hardener import jobs; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def hardener(service: Service, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "HF_ENDPOINT": service.address, "HF_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "hardener", "harden", "org/model", "--recipe", "ctrap", *words]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("code", "stage"), [(0, "COMPLETED"), (4, "ERROR")])
+def test_the_command_line_ends_with_the_exit_code_of_the_job(
+    service: Service, tmp_path: Path, code: int, stage: str
+) -> None:
+    service.stages, service.log = [stage], ["Attacking the original", f"{{end}} {code}"]
+    asked = ("--on", "hf-jobs", "--push-to", "org/x", "--flavor", "l4x1", "--format", "json")
+    ran = hardener(service, tmp_path, *asked)
+    assert ran.returncode == code, ran.stderr
+    assert json.loads(ran.stdout)["exit_code"] == code
+    assert "Attacking the original" in ran.stderr
+    assert service.posted[0][1]["flavor"] == "l4x1"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_prints_the_request_and_sends_nothing(service: Service, tmp_path: Path) -> None:
+    ran = hardener(service, tmp_path, "--on", "hf-jobs", "--push-to", "org/x", "--dry-run")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["command"][-2:] == ["--", "org/model"]
+    assert TOKEN not in ran.stdout + ran.stderr
+    assert service.posted == []
+
+
+def test_a_job_that_cannot_be_submitted_ends_with_3(service: Service, tmp_path: Path) -> None:
+    service.status = 402
+    ran = hardener(service, tmp_path, "--on", "hf-jobs", "--push-to", "org/x")
+    assert ran.returncode == 3
+    assert "no credits" in ran.stderr
+
+
+@pytest.mark.parametrize("words", [["--flavor", "l4x1"], ["--timeout", "1h"]])
+def test_what_belongs_to_a_job_is_refused_without_one(service: Service, tmp_path: Path, words: list[str]) -> None:
+    ran = hardener(service, tmp_path, *words)
+    assert ran.returncode == 2
+    assert "--on hf-jobs" in ran.stderr
