@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,6 +249,52 @@ def test_second_order_of_no_step_at_all_is_first_order():
         there.keep(curved(model, 2))
         there.differentiate(lambda: (model.weight * 0).sum().backward())
     assert torch.equal(there.kept[0], 2 * model.weight.detach())
+
+
+@pytest.mark.slow
+def test_sharded_weights_keep_the_same_second_order_gradient(tmp_path):
+    """Two processes under FSDP against one whole model: norms, dot products and differences are over all shards."""
+    torch.multiprocessing.spawn(sharded, (tmp_path,), nprocs=2)
+    whole, shards = kept_and_cut(small()), torch.load(tmp_path / "kept.pt")
+    for one, other in zip(whole, shards, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def sharded(rank: int, folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    kept = [gradient.full_tensor() for gradient in kept_and_cut(model)]
+    assert all(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
+    if rank == 0:
+        torch.save(kept, folder / "kept.pt")
+    torch.distributed.destroy_process_group()
+
+
+def kept_and_cut(model: nn.Module) -> list[torch.Tensor]:
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def harmful() -> None:
+        nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+
+    def collapsed() -> None:
+        nn.functional.cross_entropy(model(x), torch.tensor([2, 2, 2, 2, 2, 2])).backward()
+
+    with simulated_attack(model, lambda params: NormalisedStep(params, 0.3)) as there:
+        there.step(harmful)
+        there.keep(collapsed)
+        there.differentiate(harmful)
+    there.add_kept(0.5, cap=0.1)
+    return [p.grad for p in model.parameters()]
 
 
 def test_a_gradient_that_is_no_number_stops_the_attack():

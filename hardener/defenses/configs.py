@@ -51,7 +51,7 @@ class Trap(Settings):
     order: Literal["first", "second"] = Field(
         "first",
         description="first: the gradient found at the attacked point is applied at θ as it is, as published; "
-        "second: it is taken through the simulated step, for two more passes, in float32",
+        "second: it is taken through the simulated step, for two more passes, in float32 (one-step traps only)",
     )
 
 
@@ -121,7 +121,9 @@ class CtrapRolloutConfig(Trap):
     title: ClassVar[str] = "CTRAP with simulated optimizer steps (an extension)"
 
     lam: float = Field(1.0, ge=0, description="λ, weight of the collapse gradient after `cap`")
-    cap: float | None = Field(1.0, gt=0, description="largest norm of the collapse gradient; null: none")
+    cap: float | None = Field(
+        1.0, gt=0, description="largest norm of a gradient brought back from a walk, before its weight; null: none"
+    )
     inner_steps: tuple[PositiveInt, PositiveInt] = Field((2, 16), description="least and most steps K, drawn evenly")
     inner_lr: tuple[PositiveFloat, PositiveFloat] = Field(
         (3e-5, 3e-4), description="lowest and highest rate of the simulated attacker, drawn evenly in its logarithm"
