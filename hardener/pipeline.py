@@ -18,10 +18,11 @@ from hardener import hub, recipe_file, registry, release, verdict
 from hardener.console import Narrator, quiet
 from hardener.errors import RecipeError, UsageError
 from hardener.plan import Plan, check_disk, plan
-from hardener.push import Pushed, Target
+from hardener.push import Pushed
 from hardener.recipe import Recipe
 from hardener.report import Erased, Report, Training
 from hardener.run import RunFolder, check_free, resumable
+from hardener.target import Target
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,17 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hardener import push, registry
-from hardener.client import client, explained, no_right
+from hardener import registry
 from hardener.defenses.configs import CONFIGS, Settings, SophonConfig
-from hardener.errors import ResourceError, UsageError
+from hardener.errors import ResourceError
 from hardener.metadata import ModelRef
 from hardener.recipe import Recipe, Train
+from hardener.target import Destination
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from hardener.attacks.families import Family
     from hardener.measurement import Subject
 
@@ -54,23 +51,8 @@ REPEATED, GATE_ROWS = 2, 128
 CONVOLVED = 168
 """How often a weight of a convolutional network is used on an image of 224 pixels a side: 162 times in ResNet-18 and
 174 in ResNet-50, as torch counts."""
-CREATORS = ("admin", "write", "contributor")
-"""Roles in an organisation that may create repositories."""
 WIDTH = 66
 """Columns of a value in the human form, beside its name in a terminal of 80."""
-
-
-@dataclass(frozen=True)
-class Destination:
-    """A repository as a push would find it, and leave it; None is what is not known."""
-
-    repo: str | None
-    exists: bool | None = None
-    private: bool | None = None
-    gated: str | bool | None = None
-    writable: bool | None = None
-    transfer: str | None = None
-    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -209,86 +191,6 @@ def _place(folder: Path) -> Path:
 
 def _free(folder: Path) -> int:
     return shutil.disk_usage(_place(folder)).free
-
-
-# --- where it goes ---------------------------------------------------------------------------------------------
-
-
-def destination(
-    repo: str,
-    parent: ModelRef,
-    *,
-    private: bool = False,
-    create_pr: bool = False,
-    branch: str | None = None,
-    tag: str | None = None,
-) -> Destination:
-    """Ask what `push.prepare` asks, and change nothing. Offline or without a token the note says so.
-
-    Raises UsageError and HubError as `push.prepare` does, for a target that cannot work.
-    """
-    from huggingface_hub import get_token, is_offline_mode
-
-    with explained(f"the push to {repo}"):
-        missing = "HF_HUB_OFFLINE is set" if is_offline_mode() else "" if get_token() else "no token is set"
-    # An existing target that is private takes what has no licence, so that waits until the Hub was asked.
-    push.check_request(repo, parent, private=private or not missing, create_pr=create_pr, branch=branch, tag=tag)
-    if missing:
-        return Destination(repo, note=f"the Hub was not asked for it: {missing}")
-    return _asked(repo, parent, private=private, create_pr=create_pr, branch=branch, tag=tag)
-
-
-def _asked(
-    repo: str, parent: ModelRef, *, private: bool, create_pr: bool, branch: str | None, tag: str | None
-) -> Destination:
-    aside, api = create_pr or branch is not None, client()
-    with explained(f"the push to {repo}"):
-        user = push._user(api, repo)
-        repo = repo if "/" in repo else f"{user}/{repo}"
-        push._check_other(repo, parent, aside=aside)
-        info = push._existing(api, repo)
-        stays = private if info is None else bool(info.private)
-        push._check_terms(repo, parent, public=not stays)
-        if info is None:
-            _check_creatable(api, repo, aside=aside)
-            return Destination(repo, False, stays, parent.gated, True, "unknown until it exists")
-        push._check_existing(info, parent, private=private)
-        push._check_write(api, repo, create_pr=create_pr)
-        push._head(api, push.Target(repo, None, stays, branch, create_pr, None, tag=tag), info, None)
-        if create_pr:
-            push._requests(api, repo, user)
-        return Destination(repo, True, stays, info.gated or False, True, _transfer(api, repo, create_pr=create_pr))
-
-
-def _check_creatable(api: HfApi, repo: str, *, aside: bool) -> None:
-    """Raise UsageError as `push.prepare` does, HubError if this token may not create a repository there."""
-    if aside:
-        raise UsageError(f"{repo} does not exist; leave out --create-pr or --branch to create it")
-    user, space = api.whoami(), repo.split("/")[0]
-    token = user.get("auth", {}).get("accessToken") or {}
-    member = [org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") in CREATORS]
-    may = {user["name"], *member}
-    if "fineGrained" in token:
-        scopes = token["fineGrained"].get("scoped", ())
-        may &= {scope["entity"].get("name") for scope in scopes if "repo.write" in scope["permissions"]}
-    if space not in may:
-        raise no_right(f"the push to {repo}")
-
-
-def _transfer(api: HfApi, repo: str, *, create_pr: bool) -> str:
-    """How weights will travel: the Hub grants a token for Xet, or has no such route."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
-
-    if constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
-        return "lfs"
-    address = f"{api.endpoint}/api/models/{repo}/xet-write-token/main" + ("?create_pr=1" if create_pr else "")
-    try:
-        hf_raise_for_status(get_session().get(address, headers=build_hf_headers()))
-    except HfHubHTTPError:
-        return "lfs"
-    return "xet"
 
 
 # --- how long it takes ---------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hardener import files, hub, plan, recipe_file, verdict
+from hardener import files, hub, recipe_file, verdict
+from hardener import target as targets
 from hardener.errors import DivergedError, GateError, HardenerError, HubError, UsageError, VerifyError
-from hardener.plan import Destination
-from hardener.push import Pushed, Target, prepare, push, withdraw
+from hardener.push import Pushed, push
 from hardener.recipe import Recipe
 from hardener.report import Parent, Report
 from hardener.run import RunFolder
+from hardener.target import Destination, Target, prepare, withdraw
 
 
 def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
@@ -112,7 +113,7 @@ def dressing(sign: str | None = None, template: str | Path | None = None) -> dic
 
 def destination(asked: dict[str, Any], ref: hub.ModelRef) -> Destination:
     """The repository asked for as a push would find it; nothing is changed."""
-    return plan.destination(asked["push_to"], ref, **_how(asked))
+    return targets.destination(asked["push_to"], ref, **_how(asked))
 
 
 def target(run: RunFolder, asked: dict[str, Any], ref: hub.ModelRef) -> Target:

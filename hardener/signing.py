@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hardener.errors import HubError, UsageError, VerifyError
 from hardener.files import SIGNATURE
-from hardener.push import HUBS_OWN
+from hardener.target import HUBS_OWN
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey

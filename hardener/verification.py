@@ -15,8 +15,8 @@ from hardener import report as reports
 from hardener.client import check_id, client, explained
 from hardener.console import Narrator
 from hardener.errors import HubError, RecipeError, UnsupportedModelError, UsageError, VerifyError
-from hardener.push import HUBS_OWN
 from hardener.report import Evidence, Parent, Report, Word
+from hardener.target import HUBS_OWN
 
 EVIDENCE = "hardener"
 """Folder of report, recipe and plots inside a release."""

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from hardener import client, hub, push
 from hardener.errors import HardenerError, HubError, ResourceError, UnsupportedModelError, UsageError
 from hardener.metadata import ModelRef
+from hardener.target import Target, prepare, withdraw
 
 pytestmark = PLAIN_HTTP
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -426,13 +427,13 @@ def test_a_full_disk_is_no_fault_of_the_hub() -> None:
 
 
 def attempts(parent: ModelRef, made: Path) -> list[Callable[[], object]]:
-    target = push.Target("me/hardened", None, False, None, False, parent.commit)
+    target = Target("me/hardened", None, False, None, False, parent.commit)
     return [
         lambda: hub.resolve("org/model"),
         lambda: hub.pull(parent),
-        lambda: push.prepare("me/hardened", parent),
+        lambda: prepare("me/hardened", parent),
         lambda: push.push(made, target, message="m"),
-        lambda: push.withdraw(replace(target, first=parent.commit)),
+        lambda: withdraw(replace(target, first=parent.commit)),
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -13,15 +12,14 @@ import hub_server
 import pytest
 import small
 import torch
-from huggingface_hub import constants
 from torch.utils.flop_counter import FlopCounterMode
 
-from hardener import hub, judging, ladder, pipeline, plan, push, recipe_file, stages
+from hardener import hub, judging, ladder, pipeline, plan, recipe_file, stages
 from hardener.attacks.training import inputs
 from hardener.bench import Bench
-from hardener.errors import HardenerError, HubError, ResourceError, UsageError
-from hardener.metadata import ModelRef
+from hardener.errors import HubError, ResourceError
 from hardener.probing import Prober
+from hardener.target import destination
 
 pytestmark = hub_server.PLAIN_HTTP
 Hub = hub_server.Hub
@@ -35,171 +33,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield running
 
 
-@pytest.fixture
-def parent(server: Hub, letters: Path) -> ModelRef:
-    server.add_model("org/model", letters, card=CARD)
-    return hub.resolve("org/model")
-
-
 def recipe(*overrides: str, name: str = "tiny-ctrap"):
     return recipe_file.load(name, overrides)
-
-
-# --- where it goes ------------------------------------------------------------------------------
-
-
-def state(server: Hub) -> object:
-    """Everything that a push could change."""
-    return {
-        name: (repo.private, repo.gated, dict(repo.refs), dict(repo.tags), len(repo.commits))
-        for name, repo in server.repos.items()
-    }
-
-
-def existing(server: Hub, folder: Path) -> None:
-    server.add_model("me/open", folder)
-    server.add_model("me/closed", folder, private=True)
-    server.add_model("me/gated", folder, gated="manual")
-    server.add_model("other/model", folder)
-    server.repos["me/open"].tags["v1"] = server.repos["me/open"].head.oid
-
-
-WORKS: dict[str, tuple[dict[str, object], tuple[object, ...]]] = {
-    "a new one": ({"repo": "me/new"}, ("me/new", False, False, False, True, "unknown until it exists")),
-    "a new one by its short name": ({"repo": "new"}, ("me/new", False, False, False, True, "unknown until it exists")),
-    "a new private one": (
-        {"repo": "me/new", "private": True},
-        ("me/new", False, True, False, True, "unknown until it exists"),
-    ),
-    "an open one": ({"repo": "me/open"}, ("me/open", True, False, False, True, "lfs")),
-    "a private one": ({"repo": "me/closed"}, ("me/closed", True, True, False, True, "lfs")),
-    "a gated one": ({"repo": "me/gated"}, ("me/gated", True, False, "manual", True, "lfs")),
-    "a branch": ({"repo": "org/model", "branch": "v2"}, ("org/model", True, False, False, True, "lfs")),
-    "somebody's, by request": (
-        {"repo": "other/model", "create_pr": True},
-        ("other/model", True, False, False, True, "lfs"),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WORKS)
-def test_a_target_that_works_is_told_and_nothing_is_changed(
-    server: Hub, letters: Path, parent: ModelRef, case: str
-) -> None:
-    existing(server, letters)
-    before = state(server)
-    asked, told = WORKS[case]
-    found = plan.destination(parent=parent, **asked)
-    assert (found.repo, found.exists, found.private, found.gated, found.writable, found.transfer) == told
-    assert found.note is None
-    assert (server.writes(), state(server)) == ([], before)
-    target = push.prepare(parent=parent, **asked)
-    assert (target.repo, target.created, target.private) == (found.repo, not found.exists, found.private)
-
-
-FAILS: dict[str, dict[str, object]] = {
-    "illegal name": {"repo": "a/b/c"},
-    "the parent": {"repo": "org/model"},
-    "request to nothing": {"repo": "me/new", "create_pr": True},
-    "branch of nothing": {"repo": "me/new", "branch": "v2"},
-    "request and branch": {"repo": "me/open", "create_pr": True, "branch": "v2"},
-    "foreign namespace": {"repo": "other/new"},
-    "foreign repository": {"repo": "other/model"},
-    "public, but private was asked for": {"repo": "me/open", "private": True},
-    "a taken tag": {"repo": "me/open", "tag": "v1"},
-    "a tag of a request": {"repo": "me/open", "tag": "v2", "create_pr": True},
-}
-PARENTS: dict[str, dict[str, object]] = {"gated, to an open one": {"gated": "auto"}, "no licence": {"card": {}}}
-
-
-@pytest.mark.parametrize("case", [*FAILS, *PARENTS, "read-only token", "wrong token"])
-def test_a_target_that_cannot_work_fails_as_the_real_run_does(
-    server: Hub, letters: Path, parent: ModelRef, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
-    existing(server, letters)
-    asked = {"parent": replace(parent, **PARENTS.get(case, {})), **FAILS.get(case, {"repo": "me/open"})}
-    if case == "read-only token":
-        server.role = "read"
-    if case == "wrong token":
-        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    before = state(server)
-    with pytest.raises(HardenerError) as dry:
-        plan.destination(**asked)
-    assert (server.writes(), state(server)) == ([], before)
-    with pytest.raises(HardenerError) as real:
-        push.prepare(**asked)
-    assert (type(dry.value), dry.value.exit_code) == (type(real.value), real.value.exit_code)
-    said = re.sub(r" \(the Hub says: .*\)$", "", str(real.value))  # who may create is known without asking to
-    assert str(dry.value).startswith(said)
-
-
-def test_what_has_no_licence_may_go_to_a_repository_that_is_private(
-    server: Hub, letters: Path, parent: ModelRef
-) -> None:
-    existing(server, letters)
-    assert plan.destination("me/closed", replace(parent, card={})).private
-
-
-def served_as(monkeypatch: pytest.MonkeyPatch, user: dict[str, object]) -> None:
-    """Let the server say this of the token."""
-    route = ("GET", re.compile("/api/whoami-v2$"), lambda call: hub_server.answer({"type": "user", **user}))
-    monkeypatch.setattr(hub_server, "ROUTES", [route, *hub_server.ROUTES])
-
-
-ORGS = [{"name": "lab", "roleInOrg": "contributor"}, {"name": "club", "roleInOrg": "read"}]
-SCOPED = [{"entity": {"type": "org", "name": "lab"}, "permissions": ["repo.content.read", "repo.write"]}]
-NARROW = {"accessToken": {"role": "fineGrained", "fineGrained": {"global": [], "scoped": SCOPED}}}
-WIDE = {"accessToken": {"role": "write"}}
-
-
-@pytest.mark.parametrize(
-    ("auth", "space", "may"),
-    [(WIDE, "me", 1), (WIDE, "lab", 1), (WIDE, "club", 0), (NARROW, "lab", 1), (NARROW, "me", 0), (NARROW, "club", 0)],
-)
-def test_who_may_create_a_repository_is_read_from_the_token(
-    parent: ModelRef, monkeypatch: pytest.MonkeyPatch, auth: dict[str, object], space: str, may: int
-) -> None:
-    served_as(monkeypatch, {"name": "me", "orgs": ORGS, "auth": auth})
-    if may:
-        assert plan.destination(f"{space}/new", parent).exists is False
-    else:
-        with pytest.raises(HubError, match="lacks the right to do this"):
-            plan.destination(f"{space}/new", parent)
-
-
-@pytest.mark.parametrize(
-    ("store", "switch", "told"), [(True, False, "xet"), (False, False, "lfs"), (True, True, "lfs")]
-)
-def test_the_transfer_is_the_one_that_a_push_would_take(
-    server: Hub,
-    letters: Path,
-    parent: ModelRef,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    store: bool,
-    switch: bool,
-    told: str,
-) -> None:
-    pytest.importorskip("hf_xet")
-    existing(server, letters)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", switch)
-    server.xet_store = tmp_path / "xet" if store else None
-    assert plan.destination("me/open", parent).transfer == told
-    assert server.writes() == []
-
-
-def test_offline_or_without_a_token_the_plan_says_that_nobody_was_asked(
-    server: Hub, parent: ModelRef, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for switch, note in ((False, "no token is set"), (True, "HF_HUB_OFFLINE is set")):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", switch)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        server.requests.clear()
-        found = plan.destination("me/new", parent)
-        assert found == plan.Destination("me/new", note=f"the Hub was not asked for it: {note}")
-        with pytest.raises(UsageError, match=r"card\.license"):
-            plan.destination("me/new", replace(parent, card={}))
-        assert server.requests == []
 
 
 # --- the plan ------------------------------------------------------------------------------
@@ -209,7 +44,7 @@ def test_the_plan_is_made_without_a_byte_of_weights(server: Hub, letters: Path, 
     repo = server.add_model("org/model", letters, card=CARD, gated="manual")
     repo.granted = True
     ref = hub.resolve("org/model")
-    made = plan.plan(recipe(), ref, plan.destination("me/new", ref), place=tmp_path / "runs" / "new", device="cpu")
+    made = plan.plan(recipe(), ref, destination("me/new", ref), place=tmp_path / "runs" / "new", device="cpu")
     assert (made.model, made.commit, made.gated, made.private) == ("org/model", repo.head.oid, "manual", False)
     assert (made.license, made.license_name, made.license_link) == ("other", "house", "LICENSE")
     assert (made.download, made.files) == (ref.bytes, len(ref.files))

@@ -27,8 +27,9 @@ from hardener import release as releases
 from hardener.console import Narrator
 from hardener.errors import DivergedError, HubError, ResourceError, UsageError
 from hardener.metadata import ModelRef
-from hardener.push import Pushed, Target
+from hardener.push import Pushed
 from hardener.run import RunFolder
+from hardener.target import Target, prepare, withdraw
 
 pytestmark = PLAIN_HTTP
 
@@ -37,114 +38,11 @@ def remote(server: Hub, repo: str) -> dict[str, bytes]:
     return {path: data for path, data in server.repos[repo].files.items() if path != ".gitattributes"}
 
 
-# --- prepare ------------------------------------------------------------------------------
-
-
-def test_a_new_target_is_private_and_gated_like_the_parent_until_the_push(server: Hub, parent: ModelRef) -> None:
-    target = push.prepare("me/hardened", replace(parent, gated="manual"))
-    repo = server.repos["me/hardened"]
-    assert (repo.private, repo.gated) == (True, "manual")
-    assert (target.created, target.private, target.head) == (True, False, repo.head.oid)
-
-
-def test_a_target_without_namespace_belongs_to_the_user(parent: ModelRef) -> None:
-    assert push.prepare("hardened", parent).repo == "me/hardened"
-
-
-PREPARATIONS = {
-    "illegal name": ({"repo": "a/b/c"}, UsageError, "not a Hub repository id"),
-    "the parent": ({"repo": "org/Model"}, UsageError, "is the parent itself"),
-    "request to nothing": ({"create_pr": True}, UsageError, "leave out --create-pr"),
-    "branch of nothing": ({"branch": "v2"}, UsageError, "leave out --create-pr or --branch"),
-    "tagged request": ({"create_pr": True, "tag": "v1"}, UsageError, "leave out --tag"),
-    "request and branch": ({"create_pr": True, "branch": "v2"}, UsageError, "leave out"),
-    "foreign namespace": ({"repo": "other/hardened"}, HubError, "HF_TOKEN lacks the right"),
-}
-
-
-@pytest.mark.parametrize("case", PREPARATIONS)
-def test_a_push_that_cannot_work_is_refused_before_the_compute(server: Hub, parent: ModelRef, case: str) -> None:
-    arguments, error, said = PREPARATIONS[case]
-    with pytest.raises(error, match=said):
-        push.prepare(**{"repo": "me/hardened", "parent": parent, **arguments})
-    assert set(server.repos) == {"org/model"}
-
-
-def test_the_parent_can_take_a_request_or_a_branch(server: Hub, parent: ModelRef) -> None:
-    assert push.prepare("org/model", parent, create_pr=True).head == parent.commit
-    assert push.prepare("org/model", parent, branch="hardened").head is None
-
-
-def test_a_read_only_token_is_refused_before_anything_is_created(server: Hub, parent: ModelRef) -> None:
-    server.role = "read"
-    with pytest.raises(HubError, match="'laptop' can only read"):
-        push.prepare("me/hardened", parent)
-    assert server.writes() == []
-
-
-def test_no_token_says_how_to_log_in(server: Hub, parent: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HubError, match="hf auth login"):
-        push.prepare("me/hardened", parent)
-
-
-def test_an_existing_target_without_write_access_is_refused(server: Hub, plain: Path, parent: ModelRef) -> None:
-    server.add_model("other/hardened", plain)
-    with pytest.raises(HubError, match="lacks the right"):
-        push.prepare("other/hardened", parent)
-    assert push.prepare("other/hardened", parent, create_pr=True).create_pr
-    assert server.writes() == []
-
-
-def test_a_public_push_needs_a_licence(server: Hub, plain: Path, parent: ModelRef) -> None:
-    unlicensed = replace(parent, card={})
-    with pytest.raises(UsageError, match=r"set card\.license"):
-        push.prepare("me/hardened", unlicensed)
-    assert "me/hardened" not in server.repos
-    assert push.prepare("me/hardened", unlicensed, private=True).private
-    server.add_model("me/public", plain)
-    with pytest.raises(UsageError, match=r"set card\.license"):
-        push.prepare("me/public", unlicensed)
-
-
-def test_gated_weights_do_not_go_to_an_open_repository(server: Hub, plain: Path, parent: ModelRef) -> None:
-    server.add_model("me/open", plain)
-    with pytest.raises(UsageError, match="gate it in its settings"):
-        push.prepare("me/open", replace(parent, gated="auto"))
-    with pytest.raises(UsageError, match="public; leave out --private"):
-        push.prepare("me/open", parent, private=True)
-
-
-def test_a_target_that_cannot_be_gated_stays_private_and_is_gated_by_the_next_try(
-    server: Hub, parent: ModelRef
-) -> None:
-    noted: list[Target] = []
-    server.fail("PUT .*/settings", 400)
-    with pytest.raises(HubError, match="status 400"):
-        push.prepare("me/hardened", replace(parent, gated="manual"), note=noted.append)
-    assert (server.repos["me/hardened"].private, noted[-1].created) == (True, True)
-    push.prepare("me/hardened", replace(parent, gated="manual"), known=noted[-1])
-    assert server.repos["me/hardened"].gated == "manual"
-
-
-def test_withdraw_removes_only_what_this_run_made_and_nobody_used(server: Hub, parent: ModelRef) -> None:
-    target = push.prepare("me/hardened", parent)
-    again = push.prepare("me/hardened", parent)
-    assert push.withdraw(again) is False
-    assert push.withdraw(target) is True
-    assert push.withdraw(target) is True  # it is gone
-    assert "me/hardened" not in server.repos
-    used = push.prepare("me/used", parent)
-    server.repos["me/used"].add("main", "somebody", {})
-    assert push.withdraw(used) is False
-    assert "me/used" in server.repos
-
-
 # --- push ------------------------------------------------------------------------------
 
 
 def test_a_release_goes_up_in_one_commit_and_becomes_public(server: Hub, parent: ModelRef, made: Path) -> None:
-    target = push.prepare("me/hardened", replace(parent, gated="manual"), tag="v1")
+    target = prepare("me/hardened", replace(parent, gated="manual"), tag="v1")
     pushed = push.push(made, target, message="Harden org/model")
     repo = server.repos["me/hardened"]
     assert [one.title for one in repo.commits] == ["initial commit", "Harden org/model"]
@@ -158,20 +56,20 @@ def test_a_release_goes_up_in_one_commit_and_becomes_public(server: Hub, parent:
 
 
 def test_a_private_target_stays_private(server: Hub, parent: ModelRef, made: Path) -> None:
-    push.push(made, push.prepare("me/hardened", parent, private=True), message="m")
+    push.push(made, prepare("me/hardened", parent, private=True), message="m")
     assert server.repos["me/hardened"].private
 
 
 def test_an_older_release_leaves_nothing_behind(server: Hub, parent: ModelRef, sharded: Path, made: Path) -> None:
     server.add_model("me/hardened", sharded)
-    push.push(made, push.prepare("me/hardened", parent), message="m")
+    push.push(made, prepare("me/hardened", parent), message="m")
     assert remote(server, "me/hardened") == contents(made)
     assert ".gitattributes" in server.repos["me/hardened"].files
 
 
 def test_pushing_the_same_release_twice_changes_nothing(server: Hub, parent: ModelRef, made: Path) -> None:
-    push.push(made, push.prepare("me/hardened", parent), message="m")
-    pushed = push.push(made, push.prepare("me/hardened", parent), message="m")
+    push.push(made, prepare("me/hardened", parent), message="m")
+    pushed = push.push(made, prepare("me/hardened", parent), message="m")
     assert remote(server, "me/hardened") == contents(made)
     assert pushed.commit == server.repos["me/hardened"].head.oid
 
@@ -179,7 +77,7 @@ def test_pushing_the_same_release_twice_changes_nothing(server: Hub, parent: Mod
 def test_a_pull_request_leaves_main_alone(server: Hub, parent: ModelRef, made: Path) -> None:
     server.writable.remove("org")
     before = server.repos["org/model"].head.oid
-    pushed = push.push(made, push.prepare("org/model", parent, create_pr=True), message="m")
+    pushed = push.push(made, prepare("org/model", parent, create_pr=True), message="m")
     repo = server.repos["org/model"]
     assert repo.head.oid == before
     assert repo.refs["refs/pr/1"] == pushed.commit
@@ -189,12 +87,12 @@ def test_a_pull_request_leaves_main_alone(server: Hub, parent: ModelRef, made: P
 def test_a_server_without_pull_requests_is_told_apart(server: Hub, parent: ModelRef, made: Path) -> None:
     server.pull_requests = False
     with pytest.raises(HubError, match="push to a branch"):
-        push.push(made, push.prepare("org/model", parent, create_pr=True), message="m")
+        push.push(made, prepare("org/model", parent, create_pr=True), message="m")
 
 
 def test_a_branch_is_made_filled_and_leaves_main_alone(server: Hub, parent: ModelRef, made: Path) -> None:
     for title in ("first", "second"):
-        pushed = push.push(made, push.prepare("org/model", parent, branch="hardened"), message=title)
+        pushed = push.push(made, prepare("org/model", parent, branch="hardened"), message=title)
     repo = server.repos["org/model"]
     assert repo.head.oid == parent.commit
     assert repo.refs["hardened"] == pushed.commit
@@ -208,7 +106,7 @@ def test_a_commit_that_fails_leaves_the_target_as_it_was(
 ) -> None:
     server.add_model("me/hardened", made / "hardener")
     before = dict(server.repos["me/hardened"].refs)
-    target = push.prepare("me/hardened", parent, branch=branch)
+    target = prepare("me/hardened", parent, branch=branch)
     server.fail("POST .*/commit/", status)
     with pytest.raises(HubError):
         push.push(made, target, message="m")
@@ -219,7 +117,7 @@ def test_a_commit_that_fails_leaves_the_target_as_it_was(
 def test_a_commit_whose_answer_is_lost_is_found_and_checked(
     server: Hub, parent: ModelRef, made: Path, status: int | None
 ) -> None:
-    target = push.prepare("me/hardened", parent)
+    target = prepare("me/hardened", parent)
     server.fail("POST .*/commit/", status, after=True)
     pushed = push.push(made, target, message="m")
     assert pushed.commit == server.repos["me/hardened"].head.oid
@@ -230,17 +128,17 @@ def test_a_commit_whose_answer_is_lost_is_found_and_checked(
 def test_a_new_target_whose_commit_fails_is_empty_private_and_can_be_withdrawn(
     server: Hub, parent: ModelRef, made: Path
 ) -> None:
-    target = push.prepare("me/hardened", parent)
+    target = prepare("me/hardened", parent)
     server.fail("POST .*/commit/", 502)
     with pytest.raises(HubError, match="status 502"):
         push.push(made, target, message="m")
     assert server.repos["me/hardened"].private
     assert remote(server, "me/hardened") == {}
-    assert push.withdraw(target)
+    assert withdraw(target)
 
 
 def test_a_target_that_moved_meanwhile_is_not_overwritten(server: Hub, parent: ModelRef, made: Path) -> None:
-    target = push.prepare("me/hardened", parent)
+    target = prepare("me/hardened", parent)
     theirs = server.repos["me/hardened"].add("main", "somebody", dict(server.repos["me/hardened"].files))
     with pytest.raises(HubError, match="changed in the meantime"):
         push.push(made, target, message="m")
@@ -251,7 +149,7 @@ def test_a_card_with_wrong_metadata_is_refused_before_any_weight_is_sent(
     server: Hub, parent: ModelRef, tmp_path: Path
 ) -> None:
     folder = release(tmp_path / "bad", **{"README.md": "---\nlicense: My Own\n---\n"})
-    target = push.prepare("me/hardened", parent)
+    target = prepare("me/hardened", parent)
     with pytest.raises(HubError, match='"license" must be one of'):
         push.push(folder, target, message="m")
     assert server.objects == {}
@@ -261,12 +159,12 @@ def test_a_card_with_wrong_metadata_is_refused_before_any_weight_is_sent(
 def test_what_arrived_damaged_stays_private(server: Hub, parent: ModelRef, made: Path, path: str) -> None:
     server.corrupt.add(path)
     with pytest.raises(HubError, match=f"not what was sent: {path}; it stays private"):
-        push.push(made, push.prepare("me/hardened", parent), message="m")
+        push.push(made, prepare("me/hardened", parent), message="m")
     assert server.repos["me/hardened"].private
 
 
 def test_a_folder_and_its_sums_must_agree(parent: ModelRef, made: Path) -> None:
-    target = push.prepare("me/hardened", parent)
+    target = prepare("me/hardened", parent)
     (made / "note.txt").write_text("forgotten")
     with pytest.raises(UsageError, match=r"differ in note\.txt"):
         push.push(made, target, message="m")
@@ -276,10 +174,10 @@ def test_a_folder_and_its_sums_must_agree(parent: ModelRef, made: Path) -> None:
 
 
 def test_a_taken_tag_is_refused_before_the_commit(server: Hub, parent: ModelRef, made: Path) -> None:
-    target = push.prepare("me/hardened", parent, tag="v1")
+    target = prepare("me/hardened", parent, tag="v1")
     server.repos["me/hardened"].tags["v1"] = server.repos["me/hardened"].head.oid
     with pytest.raises(UsageError, match="tag v1 already"):
-        push.prepare("me/hardened", parent, tag="v1")
+        prepare("me/hardened", parent, tag="v1")
     with pytest.raises(UsageError, match="tag v1 already"):  # taken during the compute
         push.push(made, target, message="m")
     assert len(server.repos["me/hardened"].commits) == 1
@@ -294,7 +192,7 @@ def test_a_server_without_xet_gets_the_weights_by_plain_http(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     pytest.importorskip("hf_xet")
-    push.push(made, push.prepare("me/hardened", parent), message="m")
+    push.push(made, prepare("me/hardened", parent), message="m")
     assert server.asked("GET .*/xet-write-token/")
     assert remote(server, "me/hardened") == contents(made)
     assert caplog.text.count("going on by plain HTTP") == 1
@@ -308,7 +206,7 @@ def test_a_server_with_xet_gets_the_weights_through_it(
     server.xet_store = tmp_path / "xet"
     weights = (made / WEIGHTS).read_bytes()
     server.objects[hashlib.sha256(weights).hexdigest()] = weights  # the Hub sees into its store
-    push.push(made, push.prepare("me/hardened", parent), message="m")
+    push.push(made, prepare("me/hardened", parent), message="m")
     assert sum(path.stat().st_size for path in server.xet_store.rglob("*") if path.is_file()) > len(weights) / 2
     assert remote(server, "me/hardened") == contents(made)
     assert server.asked("/lfs/") == []
@@ -329,7 +227,7 @@ class Journal:
 
     def attempt(self, message: str = "m") -> Pushed:
         known = self.notes[-1] if self.notes else None
-        target = push.prepare(self.repo, self.parent, **self.how, known=known, note=self.notes.append)
+        target = prepare(self.repo, self.parent, **self.how, known=known, note=self.notes.append)
         return push.push(self.release, target, message=message, note=self.notes.append)
 
 
@@ -442,7 +340,7 @@ def test_a_signature_travels_beside_the_sums(server: Hub, journal: Journal, made
 
 
 def test_a_branch_that_somebody_made_meanwhile_is_left_alone(server: Hub, parent: ModelRef, made: Path) -> None:
-    target = push.prepare("org/model", parent, branch="hardened")
+    target = prepare("org/model", parent, branch="hardened")
     server.repos["org/model"].refs["hardened"] = parent.commit
     with pytest.raises(HubError, match="exists already"):
         push.push(made, target, message="m")
@@ -463,7 +361,7 @@ def test_a_repository_whose_creation_was_not_answered_is_still_this_runs(server:
     with pytest.raises(HubError):
         journal.attempt()
     assert server.repos["me/hardened"].private
-    assert push.withdraw(journal.notes[-1])
+    assert withdraw(journal.notes[-1])
     assert server.repos.keys() == {"org/model"}
     server.fail("POST /api/repos/create", None, after=True)
     with pytest.raises(HubError):
@@ -479,7 +377,7 @@ def test_a_private_repository_that_others_filled_is_not_taken_for_this_runs(
     with pytest.raises(HubError):
         journal.attempt()
     server.add_model("me/hardened", plain, private=True)
-    assert not push.withdraw(journal.notes[-1])
+    assert not withdraw(journal.notes[-1])
     journal.attempt()
     assert server.repos["me/hardened"].private
 
@@ -489,16 +387,16 @@ def test_a_creation_that_was_refused_is_not_held_against_what_a_person_makes(ser
     with pytest.raises(HubError, match="lacks the right"):
         journal.attempt()
     server.create("me/hardened", private=True)
-    assert not push.withdraw(journal.notes[-1])
+    assert not withdraw(journal.notes[-1])
     journal.attempt()
     assert server.repos["me/hardened"].private
 
 
 def test_a_token_that_ended_does_not_make_a_repository_gone(server: Hub, journal: Journal) -> None:
-    target = push.prepare("me/hardened", journal.parent)
+    target = prepare("me/hardened", journal.parent)
     server.token = "hf_" + "another" * 5
     with pytest.raises(HubError):
-        push.withdraw(target)
+        withdraw(target)
     assert "me/hardened" in server.repos
 
 
