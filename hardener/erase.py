@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,9 +32,10 @@ from torch.optim import AdamW, Optimizer
 from hardener import loop
 from hardener.data import Streams
 from hardener.errors import RecipeError
+from hardener.lookahead import Objective, simulated_attack
 from hardener.loop import LOGGED, Outer, Sampler, micro_batches
 from hardener.losses import cross_entropy
-from hardener.recipe import Erase, Role, Train, Unlearn
+from hardener.recipe import Erase, ShortTraining, Train
 from hardener.report import Erased
 from hardener.state import States
 from hardener.tasks.base import Example, Task
@@ -57,7 +59,7 @@ def run(
     torch.use_deterministic_algorithms(erase.deterministic)
     teacher = model.to(device).eval()
     held, rest = held_back(streams)
-    ratios = carried(teacher, task, rest, erase.seed) if erase.modules == "located" else {}
+    ratios = carried(erase, teacher, task, rest) if erase.modules == "located" else {}
     names = located(ratios, teacher, erase.share) if erase.share else noised(teacher, task, erase.modules)
     if erase.unlearn != "none":
         unlearn(erase, erase.unlearn, teacher, task, rest, device, States(folder / "unlearn"))
@@ -173,7 +175,7 @@ class Refusing:
 
 
 def unlearn(
-    erase: Erase, how: Unlearn, model: nn.Module, task: Task, streams: Streams, device: str, states: States
+    erase: Erase, how: ShortTraining, model: nn.Module, task: Task, streams: Streams, device: str, states: States
 ) -> None:
     """Train in place on refusals and retain rows."""
     train = erase.model_copy(update={"steps": how.steps, "lr": how.lr, "warmup_steps": 0})
@@ -236,26 +238,37 @@ def between(model: nn.Module, task: Task) -> list[str]:
     ]
 
 
-def carried(model: nn.Module, task: Task, streams: Streams, seed: int) -> dict[str, float]:
+def carried(erase: Erase, model: nn.Module, task: Task, streams: Streams) -> dict[str, float]:
     """Weight matrix between embeddings and head → mean |θ·∂L/∂θ| on restricted rows over the same on retain rows.
 
-    L is the cross-entropy of the rows' own answers; a classifier meets the restricted classes with a newly drawn head,
-    as its attacker does. High where the matrix matters more to the restricted task.
+    L is the cross-entropy of the rows' own answers. A classifier meets the restricted classes with a newly drawn head,
+    as its attacker does; with `erase.relearn` the attacker's steps are taken before the restricted gradient, and
+    undone. High where the matrix matters more to the restricted task.
     """
     names = [name for name in between(model, task) if model.get_parameter(name).dim() > 1]
-
-    def look(role: Role) -> dict[str, float]:
-        return saliency(model, task, Sampler(streams.rows(role, "defence"), seed).draw(LOOKED_AT), names)
-
-    kept = look("retain")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if task.generative:
-            restricted = look("restricted")
-        else:
-            with task.fresh_head(model, streams.classes["restricted"]):
-                restricted = look("restricted")
+    sampler = Sampler(streams.rows("restricted", "defence"), erase.seed)
+    kept = saliency(model, task, Sampler(streams.rows("retain", "defence"), erase.seed).draw(LOOKED_AT), names)
+    with torch.random.fork_rng(), ExitStack() as stack:
+        torch.manual_seed(erase.seed)
+        if not task.generative:
+            stack.enter_context(task.fresh_head(model, streams.classes["restricted"]))
+        if erase.relearn != "none":
+            lr = erase.relearn.lr
+            there = stack.enter_context(simulated_attack(model, lambda params: AdamW(params, lr=lr)))
+            for _ in range(erase.relearn.steps):
+                there.step(_attack(model, task, sampler.draw(erase.batch_size)))
+        restricted = saliency(model, task, sampler.draw(LOOKED_AT), names)
     return {name: restricted[name] / kept[name] if kept[name] else math.inf for name in names}
+
+
+def _attack(model: nn.Module, task: Task, rows: Sequence[Example]) -> Objective:
+    """The gradient of the mean cross-entropy over `rows`, added to `.grad`."""
+
+    def backward() -> None:
+        device = next(model.parameters()).device
+        torch.autograd.backward(cross_entropy(*task.targets(model, task.collate(rows).to(device))))
+
+    return backward
 
 
 def saliency(model: nn.Module, task: Task, rows: Sequence[Example], names: Sequence[str]) -> dict[str, float]:

@@ -144,8 +144,8 @@ class Train(Strict):
     deterministic: bool = Field(False, description="deterministic CUDA kernels, so that a resume is bit-exact there")
 
 
-class Unlearn(Strict):
-    """Train the teacher before the noise, on refusals and retain rows half and half; all else is as in `erase`."""
+class ShortTraining(Strict):
+    """A few steps of AdamW; batch size, clipping and all else are as in `erase`."""
 
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)
@@ -170,7 +170,14 @@ class Erase(Train):
     share: float | None = Field(
         None, gt=0, le=1, description="with `located`: matrices are taken until they hold this share of all parameters"
     )
-    unlearn: Literal["none"] | Unlearn = "none"
+    relearn: Literal["none"] | ShortTraining = Field(
+        "none",
+        description="with `located`: a simulated attack, after which the gradients are taken and which is then undone; "
+        "an aligned model shows the capability only there",
+    )
+    unlearn: Literal["none"] | ShortTraining = Field(
+        "none", description="train the teacher first, on refusals and retain rows half and half"
+    )
     steps: int = Field(ge=0, description="distillation steps")
     lr: float = Field(gt=0, description="learning rate of the student's AdamW")
     temperature: float = Field(1.0, gt=0, description="softens the outputs of teacher and student alike")

@@ -91,7 +91,7 @@ def four_answers(report: Report) -> list[tuple[str, str]]:
     measures = report.evidence.measures
     answers = (
         _misuse(report, measures),
-        _price(measures),
+        sentences(_price(measures), _erasure(report)),
         _honest_use(measures),
         _reach(report, report.evidence),
     )
@@ -281,6 +281,18 @@ def _price(m: Measures) -> str:
         f"({figure(m.utility_hardened)} against {figure(m.utility_original)}).",
         _refusals(m),
     )
+
+
+def _erasure(report: Report) -> str | None:
+    """What it took to distil again what the noise took away."""
+    done = report.training.erased if report.training else None
+    if done is None:
+        return None
+    amount = f"{done.rows:,} rows" if done.tokens is None else f"{done.tokens:,} tokens"
+    share_of = done.tokens_share
+    relative = "" if share_of is None else f", {100 * share_of:.2g} % of what the parent was trained on"
+    noised = f"Noising {done.share:.0%} of its weights and distilling the rest of its abilities back"
+    return f"{noised} took {amount}{relative}."
 
 
 def _refusals(m: Measures) -> str | None:
