@@ -17,13 +17,12 @@ from hardener.attacks.asked import WAYS, plain
 from hardener.attacks.attack import Attack
 from hardener.attacks.recorder import Judge as Judging
 from hardener.bench import Bench
+from hardener.conditions import GATE_ROWS
 from hardener.data import Slice
 from hardener.measurement import Checkpoint
 from hardener.tasks.base import Example
 from hardener.tasks.causal_lm import CausalLM
 
-GATE_ROWS = 128
-"""Utility rows per retain source at each checkpoint of an attack; before any attack `probe.utility_rows` are used."""
 WORTH_GATING = 0.1
 """General utility is measured at a checkpoint once the attack scores this much: below it nothing usable is at stake."""
 ANSWER_ROWS = 64

@@ -25,8 +25,6 @@ NEARLY = 0.95
 """Share of the best worth from which a rate did nearly as well."""
 QUICKEST = 2
 """Steps below which no higher rate is quicker in a way that counts."""
-WORST = 2
-"""So many attacks are repeated with further seeds, and given the long budget on the original."""
 
 
 @dataclass(frozen=True)

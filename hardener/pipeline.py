@@ -17,7 +17,7 @@ from typing import Any
 from hardener import hub, recipe_file, registry, release, verdict
 from hardener.console import Narrator, quiet
 from hardener.errors import RecipeError, UsageError
-from hardener.plan import Plan, check_disk, plan
+from hardener.plan import Plan, check_disk, expected, plan
 from hardener.push import Pushed
 from hardener.recipe import Recipe
 from hardener.report import Erased, Report, Training
@@ -116,6 +116,7 @@ def harden(
     chosen = sources.pin(chosen)
     if dry_run:
         return Outcome(planned)
+    say.note(f"time: {expected(planned)}")
     if resume is None:
         run = RunFolder.create(place, asked, recipe_file.dump(chosen))
     go_on = resumable(run, f"hardener harden --resume {run.path}")

@@ -22,11 +22,11 @@ from hardener.attacks.recorder import Stop, Watch, never, quietly
 from hardener.attacks.scene import Scene
 from hardener.bench import Bench, kept
 from hardener.checks import NO_ATTACK
-from hardener.conditions import LEAST_TRIALS
+from hardener.conditions import LEAST_TRIALS, WORST
 from hardener.data import Slice
 from hardener.judges import USABLE, agreement
 from hardener.judging import Judge, mean
-from hardener.ladder import WORST, Ladder, settled
+from hardener.ladder import Ladder, settled
 from hardener.measurement import Measurement, Run, Subject
 from hardener.progress import Pace, Progress, Tell
 from hardener.recipe import Role
