@@ -21,14 +21,13 @@ from hardener.target import Destination, Target, prepare, withdraw
 def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
     """Put report, recipe, plots, card, BOM and sums beside the weights, and sign it all by the key that was asked for.
 
-    Benchmarks that the Hub knows go where it looks for them. A keyless signature enters a public log, so it waits
-    until the release is published.
+    Benchmarks that the Hub knows go where it looks for them. Written again from the same, everything keeps its bytes,
+    the signature too.
     """
     import yaml
 
-    from hardener import bom, card, eval_results, plots, signing, sources
+    from hardener import bom, card, eval_results, plots, sources
 
-    (run.release / files.SIGNATURE).unlink(missing_ok=True)  # it holds for the files of before
     beside = run.release / "hardener"
     beside.mkdir(parents=True, exist_ok=True)
     files.write_text(beside / "report.json", report.model_dump_json(indent=1) + "\n")
@@ -44,7 +43,21 @@ def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
         files.write_text(run.release / eval_results.NAME, yaml.safe_dump(public, sort_keys=False))
     files.write_json(run.release / bom.NAME, bom.bom(report, run.release))
     write_sums(run.release)
-    if run.request.get("sign") not in (None, signing.KEYLESS):
+    _settle_signature(run)
+
+
+def _settle_signature(run: RunFolder) -> None:
+    """Keep a signature that still stands; put a new one in the place of any other.
+
+    A keyless one enters a public log, so it waits until the release is published.
+    """
+    from hardener import signing
+
+    asked = run.request.get("sign")
+    if asked is not None and signing.stands(run.release, asked):
+        return
+    (run.release / files.SIGNATURE).unlink(missing_ok=True)
+    if asked not in (None, signing.KEYLESS):
         _sign(run)
 
 

@@ -9,7 +9,9 @@ public key, or with the identity that Sigstore vouches for; never with anything 
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hardener.errors import HubError, UsageError, VerifyError
-from hardener.files import SIGNATURE
+from hardener.files import SIGNATURE, sha256
 from hardener.target import HUBS_OWN
 
 if TYPE_CHECKING:
@@ -69,6 +71,44 @@ def sign(release: Path, key: Path | None = None) -> str:
     who = _signer(key)
     config.use_elliptic_key_signer(private_key=key).sign(release, release / SIGNATURE)
     return who
+
+
+def stands(release: Path, asked: str) -> bool:
+    """Whether `model.sig` names the signer that `--sign` asks for, and covers what is there: no need to sign again.
+
+    Raises UsageError as `check_key`. Whether the signature is genuine is for `check` to say.
+    """
+    return signer(release) == (KEYLESS if asked == KEYLESS else _signer(Path(asked))) and covers(release)
+
+
+def covers(release: Path) -> bool:
+    """Whether `model.sig` lists exactly the files that are there, each with the SHA-256 that it has now."""
+    try:
+        signed = json.loads(base64.b64decode(_bundle(release)["dsseEnvelope"]["payload"]))
+        listed = {one["name"]: one["digest"] for one in signed["predicate"]["resources"]}
+    except (ValueError, LookupError, TypeError):
+        return False
+    found = {path.relative_to(release).as_posix(): path for path in release.rglob("*") if path.is_file()}
+    return listed == {name: sha256(path) for name, path in found.items() if name not in UNSIGNED}
+
+
+def signer(release: Path) -> str | None:
+    """Who `model.sig` says has signed: a key, or Sigstore's word for somebody; None where it says nothing."""
+    try:
+        material = _bundle(release)["verificationMaterial"]
+        if "publicKey" in material:
+            return f"key {material['publicKey']['hint'][:16]}"
+        return KEYLESS if "certificate" in material else None
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _bundle(release: Path) -> Any:
+    """What `model.sig` holds; nothing where it is missing."""
+    try:
+        return json.loads((release / SIGNATURE).read_bytes())
+    except FileNotFoundError:
+        return {}
 
 
 def check(release: Path, public_key: Path | None = None, identity: str | None = None, issuer: str | None = None) -> str:

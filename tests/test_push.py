@@ -17,12 +17,15 @@ from typing import Any
 
 import pytest
 import small
+from cryptography.hazmat.primitives.asymmetric import ec
 from hub_server import PLAIN_HTTP, Discussion, Hub, Repo
 from huggingface_hub import constants
+from sample_report import language_model
 from test_hub import WEIGHTS, contents, made, parent, plain, release, server, sharded  # noqa: F401
+from test_signing import write_keys
 
 import hardener
-from hardener import hub, push
+from hardener import hub, push, recipe_file, signing
 from hardener import release as releases
 from hardener.console import Narrator
 from hardener.errors import DivergedError, HubError, ResourceError, UsageError
@@ -618,6 +621,27 @@ def test_the_journal_knows_tag_and_request_of_a_run(server: Hub, parent: ModelRe
         releases.target(RunFolder.reopen(run.path), asked, parent)
         assert releases.publish(RunFolder.reopen(run.path), "org/model", JUDGED).pr_url.endswith("/discussions/1")
     assert RunFolder.reopen(run.path).result("target org/model")["request"] == 1
+
+
+def test_a_signed_commit_whose_tag_failed_is_tagged_by_the_next_try_and_not_made_again(
+    server: Hub, parent: ModelRef, run: RunFolder, tmp_path: Path
+) -> None:
+    key, public = write_keys(tmp_path, "ours", ec.generate_private_key(ec.SECP256R1()))
+    run.ask(sign=str(key))
+
+    def attempt() -> Pushed:
+        again = RunFolder.reopen(run.path)
+        report = language_model()
+        releases.write(again, recipe_file.load("tiny-ctrap"), report, tmp_path)
+        releases.target(again, ASKED, parent)
+        return releases.publish(again, "me/hardened", report)
+
+    server.fail("POST .*/tag/", 503)
+    with pytest.raises(HubError, match="status 503"):
+        attempt()
+    pushed, repo = attempt(), server.repos["me/hardened"]
+    assert (len(repo.commits), repo.tags) == (2, {"v1": pushed.commit})  # the Hub's own first, and ours
+    assert signing.check(hub.verify_remote("me/hardened", pushed.commit), public).startswith("ok (")
 
 
 def test_a_run_of_before_there_were_tags_can_be_pushed(server: Hub, parent: ModelRef, run: RunFolder) -> None:

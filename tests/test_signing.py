@@ -18,9 +18,12 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from sample_report import language_model
 
-from hardener import signing
+from hardener import recipe_file, signing
+from hardener import release as releases
 from hardener.errors import UsageError, VerifyError
+from hardener.run import RunFolder
 
 
 def write_keys(folder: Path, name: str, key) -> tuple[Path, Path]:
@@ -89,6 +92,15 @@ def test_every_change_after_the_signature_is_found_and_named(release, keys, name
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_signature_covers_what_was_signed_and_nothing_else(release, keys, name):
+    signing.sign(release, keys[0])
+    (release / ".gitattributes").write_text("*.safetensors filter=lfs")
+    assert signing.covers(release)
+    CHANGES[name][0](release)
+    assert not signing.covers(release)
+
+
 def test_the_name_and_place_of_the_folder_and_the_hubs_own_file_are_not_signed(release, keys, tmp_path):
     private, public = keys
     signing.sign(release, private)
@@ -141,7 +153,9 @@ def test_a_signature_under_another_keys_name_is_found_out(release, keys, tmp_pat
     "text", ["", "[]", "null", "{}", '{"verificationMaterial": {}}', '{"verificationMaterial": 1}']
 )
 def test_a_file_that_is_no_signature_is_a_disagreement_and_no_crash(release, keys, text):
+    assert not signing.covers(release)
     (release / "model.sig").write_text(text)
+    assert (signing.covers(release), signing.signer(release)) == (False, None)
     with pytest.raises(VerifyError, match=r"model\.sig is no signature"):
         signing.check(release, keys[1])
 
@@ -151,8 +165,35 @@ def test_a_keyless_signature_is_no_signature_by_a_key(release, keys):
     bundle = json.loads((release / "model.sig").read_text())
     bundle["verificationMaterial"] = {"certificate": {"rawBytes": "AAAA"}, "tlogEntries": []}
     (release / "model.sig").write_text(json.dumps(bundle))
+    assert signing.stands(release, "sigstore")
+    assert not signing.stands(release, str(keys[0]))
     with pytest.raises(VerifyError, match=r"model\.sig is no signature"):
         signing.check(release, keys[1])
+
+
+def test_a_release_that_is_written_again_keeps_its_signature_unless_something_changed(release, keys, tmp_path):
+    theirs, public = write_keys(tmp_path, "theirs", ec.generate_private_key(ec.SECP256R1()))
+    run = RunFolder.create(tmp_path / "run", {"sign": str(keys[0])}, "")
+    release.rename(run.release)
+    recipe, report = recipe_file.load("tiny-ctrap"), language_model()
+
+    def written() -> bytes | None:
+        releases.write(run, recipe, report, tmp_path)
+        signature = run.release / "model.sig"
+        return signature.read_bytes() if signature.exists() else None
+
+    first = written()
+    assert written() == first
+    report = language_model("protected")
+    assert written() != first
+    assert signing.check(run.release, keys[1]).startswith("ok (")
+    run.ask(sign=str(theirs))
+    written()
+    assert signing.check(run.release, public).startswith("ok (")
+    run.ask(sign="sigstore")
+    assert written() is None  # until it is published
+    run.ask(sign=None)
+    assert written() is None
 
 
 def test_without_a_key_a_signature_is_only_said_to_be_there(release, keys):

@@ -211,6 +211,29 @@ def test_a_target_that_cannot_work_fails_as_the_real_run_does(
     assert str(dry.value).startswith(said)
 
 
+def test_what_is_made_for_a_private_parent_stays_private_and_how_to_open_it_is_told(
+    server: Hub, parent: ModelRef, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed = replace(parent, private=True, card={})  # nor does it need a licence
+    found = destination("me/new", closed)
+    said = "it stays private as org/model is; to open it after the push: hf repos settings me/new --public"
+    assert (found.private, found.note) == (True, said)
+    assert destination("me/new", closed, private=True).note is None
+    target = prepare("me/new", closed)
+    assert (target.private, caplog.messages) == (True, [said])
+    assert prepare("me/new", closed, known=target).private
+    assert caplog.messages == [said]
+
+
+def test_a_private_parent_does_not_go_to_a_public_repository(server: Hub, plain: Path, parent: ModelRef) -> None:
+    existing(server, plain)
+    closed = replace(parent, private=True)
+    for look in (prepare, destination):
+        with pytest.raises(UsageError, match="org/model is private and me/open is public; push elsewhere"):
+            look("me/open", closed)
+        assert look("me/closed", closed).private
+
+
 def test_what_has_no_licence_may_go_to_a_repository_that_is_private(server: Hub, plain: Path, parent: ModelRef) -> None:
     existing(server, plain)
     assert destination("me/closed", replace(parent, card={})).private
