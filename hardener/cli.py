@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from hardener import __version__
+from hardener import __version__, client
 from hardener.errors import HardenerError, UsageError
 
 if TYPE_CHECKING:
@@ -453,6 +453,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
+        _check_words(sys.argv[1:])
         app()
     except (Exception, Interrupted) as error:
         code, text = _told(error)
@@ -462,9 +463,15 @@ def main() -> None:
         if go_on is not None and code > RESUMABLE:
             text += f"\n{go_on}"
         if "--debug" in sys.argv:
-            traceback.print_exception(error)
+            print(client.scrub("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         print(f"hardener: {text}", file=sys.stderr)
         sys.exit(code)
+
+
+def _check_words(words: list[str]) -> None:
+    """Raise UsageError for a token among the words of a command, before anything shows or keeps it."""
+    if place := next((place for place, word in enumerate(words, 1) if client.TOKEN.search(word)), None):
+        raise UsageError(f"word {place} of the command holds a token; {client.MISPLACED}")
 
 
 def _interrupt(number: int, _: object) -> None:
@@ -482,7 +489,7 @@ def _told(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return 5, f"{error}; free some space, or set TMPDIR or HF_HOME to another disk"
     return HardenerError.exit_code, (
-        f"this is a bug in hardener: {type(error).__name__}: {error}\n"
+        f"this is a bug in hardener: {type(error).__name__}: {client.scrub(str(error))}\n"
         "Please report it with what the same line shows with --debug"
     )
 

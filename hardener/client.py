@@ -11,9 +11,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import TYPE_CHECKING, TypeVar
 
+from hardener import __version__
 from hardener.errors import HubError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger("hardener")
+TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}")
+"""What the Hub's tokens look like. One that stands in a command or a recipe is there by mistake."""
+MISPLACED = "tokens come from `hf auth login` or HF_TOKEN and from nowhere else; make this one invalid and take another"
 
 _STATUS = {
     401: "the Hub does not accept {token}; run `hf auth login`, or set HF_TOKEN to a valid token",
@@ -36,11 +39,18 @@ _STATUS = {
 
 
 def client() -> HfApi:
-    """A client that says who it is; HF_ENDPOINT is read at each call and not only at import."""
+    """A client that says who it is; HF_ENDPOINT is read at each call and not only at import.
+
+    Raises UsageError where that holds a user or password, which would stand in every address that is shown.
+    """
     from huggingface_hub import HfApi
 
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_scrubbed)  # it logs what servers answer; a second time changes nothing
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-    return HfApi(endpoint=endpoint, library_name="hardener", library_version=version("hardener"))
+    if endpoint is not None and "@" in endpoint:
+        raise UsageError("HF_ENDPOINT holds a user or password; leave out what stands before the @")
+    return HfApi(endpoint=endpoint, library_name="hardener", library_version=__version__)
 
 
 def check_id(repo: str) -> None:
@@ -76,7 +86,7 @@ def explained(what: str) -> Iterator[None]:
         errors.RevisionResolutionError,
         errors.CorruptedCacheException,
     ) as error:
-        message = f"{what}: {scrub(_why(error))}"
+        message = scrub(f"{what}: {_why(error)}")
         kind = ResourceError if _disk_is_full(error) else HubError
         raise kind(message) from (error if scrub(str(error)) == str(error) else None)
 
@@ -91,6 +101,12 @@ def scrub(text: str) -> str:
     if token := _token():
         text = text.replace(token, "hf_***")
     return re.sub(r"(hf_|Bearer )[^\s'\"*]{8,}", r"\1***", text)
+
+
+def _scrubbed(record: logging.LogRecord) -> bool:
+    """Take tokens out of one line of a log."""
+    record.msg, record.args = scrub(record.getMessage()), ()
+    return True
 
 
 def or_without_xet(transfer: Callable[[], T]) -> T:

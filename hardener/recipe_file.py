@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from hardener.client import MISPLACED, TOKEN
 from hardener.contradictions import contradictions, unknown_names
 from hardener.defenses.configs import CONFIGS
 from hardener.errors import RecipeError
@@ -148,10 +149,14 @@ def _text(path: Path, label: str) -> str:
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"{label}: {len(raw):,} bytes, where a recipe has {MAX_BYTES:,} at most")
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{label}:{line}: not UTF-8; save the file as UTF-8") from error
+    if token := TOKEN.search(text):
+        line = text.count("\n", 0, token.start()) + 1
+        raise RecipeError(f"{label}:{line}: a token stands here; {MISPLACED}")
+    return text
 
 
 def _resolved(value: Any, place: Place, folder: Path) -> Any:

@@ -241,7 +241,7 @@ def readable(where: str) -> Iterator[None]:
 
     try:
         yield
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
         raise DataError(f"{where} cannot be read: {error.__cause__ or error}") from error
     except StopIteration:  # how a reader ends that finds no row at all
         raise DataError(f"{where} cannot be read: it is empty") from None
