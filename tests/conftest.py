@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import small
 import tiny
+from journey import journey  # noqa: F401 - a fixture
 from judge_models import classifier, guard  # noqa: F401 - fixtures
 
 
