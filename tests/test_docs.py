@@ -37,7 +37,8 @@ from hardener import cli, recipe_file, resources
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-PAGES = [*OWN, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "reference").glob("*.md"))]
+SKILL = ROOT / "skills" / "SKILL.md"
+PAGES = [*OWN, SKILL, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "reference").glob("*.md"))]
 LOGS = ("docs/results.md", "docs/experiments.md")
 """What was measured, and by which commands; those take hours."""
 BLOCK = re.compile(r"^```(\w+)?[ ]?(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
