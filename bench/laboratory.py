@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from hardener import recipe_file, tables
 from hardener import report as reports
@@ -33,6 +34,7 @@ from hardener.defenses.configs import CONFIGS
 from hardener.recipe import Recipe
 from hardener.report import Interval, Report
 
+Kind = TypeVar("Kind")
 UNDEFENDED = ("defense=none", "train=null")
 ROLLOUT = "defense={name: ctrap-rollout, inner_lr: [1.0e-4, 1.0e-3]}"
 
@@ -291,7 +293,7 @@ def draw(found: Sequence[Found], never: Report | None, path: Path) -> None:
                 label = None
     limit = multiplier(never) if never else None
     if limit:
-        axes.axhline(limit.value, color="grey", linestyle="--", label=f"never taught: {limit}".replace("≥", ">="))
+        axes.axhline(limit.value, color="grey", linestyle="--", label=f"never taught: {limit}")
     axes.set(xlabel="utility kept", ylabel="cost multiplier M (worst case)", yscale="log")
     axes.legend(fontsize="small")
     canvas.savefig(path, dpi=120)
@@ -310,7 +312,7 @@ def show(cells: Sequence[Cell], place: Place) -> int:
     return 1 + len(cells) - len(there)
 
 
-def listed(kind: Callable[[str], object]) -> Callable[[str], list[object]]:
+def listed(kind: Callable[[str], Kind]) -> Callable[[str], list[Kind]]:
     """Reads `a,b` as a list of a kind."""
     return lambda text: [kind(part) for part in text.split(",")]
 

@@ -261,6 +261,18 @@ def test_tokens_are_those_of_the_erasure_and_of_every_pass_of_the_hardening(bed:
     assert share("ctrap", sample_report.compared()) is None
 
 
+def test_what_is_finished_is_shown_and_what_is_not_is_counted(bed: Path, tmp_path: Path) -> None:
+    there, cell = place(bed, tmp_path), Cell("ctrap", 0)
+    cell.report(there).parent.mkdir(parents=True)
+    cell.report(there).write_text(sample_report.language_model().model_dump_json(), "utf-8")
+    recipe = recipe_file.load(there.recipe, laboratory.overrides(cell, there))
+    (cell.folder(there) / "recipe.yaml").write_text(recipe_file.dump(recipe), "utf-8")
+    assert laboratory.show([cell, Cell("sft", 0)], there) == len(("never", "sft"))
+    arms = lines((tmp_path / "quick.md").read_text("utf-8"))
+    assert [row[0] for row in arms] == ["Arm", "---", "ctrap", "Cell", "---", "ctrap, 0"]
+    assert (tmp_path / "quick.png").is_file()
+
+
 def test_the_plot_has_a_point_for_each_cell(tmp_path: Path) -> None:
     cells = [found("sft", 0, 1.0), found("ctrap", 0, 16.0, censored=True)]
     laboratory.draw(cells, found("never", 0, 32.0, censored=True).report, tmp_path / "plot.png")
