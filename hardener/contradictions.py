@@ -144,6 +144,12 @@ def _defence(recipe: Recipe) -> Iterator[Problem]:
     if recipe.train and recipe.train.batch_size % config.batch_multiple:
         text = f"{name} needs a multiple of {config.batch_multiple}, not {recipe.train.batch_size}"
         yield Problem(("train", "batch_size"), text)
+    settings = recipe.defense.settings
+    if recipe.train and settings.get("order") == "second" and recipe.train.dtype != "float32":
+        text = "the second order is a difference of gradients, which bfloat16 rounds away; set float32"
+        yield Problem(("train", "dtype"), text)
+    if settings.get("inner_adapter", "none") != "none" and recipe.adapter != "none":
+        yield Problem(("defense", "inner_adapter"), "an adapter is simulated on all weights: it needs `adapter: none`")
 
 
 def _probe(recipe: Recipe) -> Iterator[Problem]:

@@ -16,4 +16,4 @@ def shipped(kind: str) -> Path:
 
 def recipes() -> dict[str, Path]:
     """The shipped recipes, name → file, in order of their names."""
-    return {path.stem: path for path in sorted(shipped("recipes").glob("*.yaml"))}
+    return {path.stem: path for path in sorted(shipped("recipes").glob("*.yaml"), key=lambda path: path.stem)}

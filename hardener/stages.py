@@ -206,7 +206,7 @@ def harden(
         shutil.rmtree(run.state / "erase", ignore_errors=True)  # the states of a stage that has ended
     model, training = _defended(recipe, bench, model, run, say, erased)
     saved = checkpoint.save(checkpoint.merged(model).cpu(), folder, run.release)
-    notes = []
+    notes = list(training.notes)
     if saved.cast_loss > 0.1:
         notes.append(f"{saved.cast_loss:.0%} of the hardening was lost when casting to the parent's dtype")
         say.warn(notes[-1])
@@ -240,7 +240,8 @@ def _defended(
             lambda step, logged: steps.update(step, values(logged)),
         )
     title = defense_class.Config.title + (f" after {erase.TITLE}" if erased else "")
-    return model, Training(defense=recipe.defense.name, title=title, steps=train.steps, trainable=trainable, log=log)
+    made = {"steps": train.steps, "trainable": trainable, "log": log, "notes": defense.notes}
+    return model, Training(defense=recipe.defense.name, title=title, **made)
 
 
 def after(

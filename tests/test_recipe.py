@@ -227,6 +227,11 @@ def test_an_unknown_name_gets_the_nearest_shipped_one(tmp_path: Path) -> None:
         (["defense="], "train: training needs a section `defense`"),
         (["data.alignment="], "data.alignment: ctrap needs this role"),
         (["train.batch_size=9"], "train.batch_size: ctrap needs a multiple of 2, not 9"),
+        (["defense.order=second", "train.dtype=bfloat16"], "train.dtype: the second order is a difference of"),
+        (
+            ["defense={name: ctrap-rollout, inner_adapter: {r: 2, alpha: 4}}", "adapter={r: 4, alpha: 8}"],
+            "defense.inner_adapter: an adapter is simulated on all weights",
+        ),
         (["data.shares=[0.5, 0.5, 0.5]"], "data.shares: shares must sum to 1, not to 1.5"),
         (["data.shares=[1.5, -0.5, 0.0]"], "data.shares: shares must be ≥ 0, not -0.5"),
         (["data.retain=null"], "data.retain: is required: a list"),

@@ -28,6 +28,7 @@ def test_the_recipes_of_the_papers_are_shipped() -> None:
         "tiny-sophon-image",
         "tiny-sophon-text",
     } <= set(NAMES)
+    assert list(NAMES) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

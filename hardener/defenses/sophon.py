@@ -37,6 +37,7 @@ class Sophon:
 
     Config: ClassVar = SophonConfig
     roles: ClassVar[tuple[Role, ...]] = ("restricted", "retain")
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: SophonConfig, train: Train, task: Task) -> None:
         self.config = config
