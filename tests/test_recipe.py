@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hardener import recipe_file
+from hardener.defenses.configs import CtrapConfig
 from hardener.errors import RecipeError
 from hardener.recipe import CardChoice, Data, Lora, Probe, Recipe, Source, Train
 
@@ -76,7 +77,8 @@ def test_a_word_that_old_yaml_takes_for_a_truth_value_stays_a_word(write: Any) -
 def test_the_settings_of_a_known_defence_are_completed(write: Any) -> None:
     defense = recipe_file.load(write(VALID)).defense
     assert defense is not None
-    assert defense.settings == {"lam": 0.1, "radius": 0.1, "collapse_text": "an error"}
+    assert defense.settings == CtrapConfig().model_dump()
+    assert defense.settings["radius"] == 0.1
 
 
 def test_without_defence_and_training_a_recipe_probes(write: Any) -> None:
@@ -446,7 +448,7 @@ RECIPES = st.builds(
         overlap=st.sampled_from(["error", "drop"]),
     ),
     adapter=st.just("none") | st.builds(Lora, r=st.integers(1, 64), alpha=POSITIVE, target_modules=st.tuples(TEXT)),
-    defense=st.just({"name": "ctrap", "lam": 0.5, "radius": 0.25, "collapse_text": "no"}),
+    defense=st.just({"name": "ctrap", **CtrapConfig(lam=0.5, radius=0.25, collapse_text="no").model_dump()}),
     train=st.builds(Train, steps=st.just(3), batch_size=st.just(4), lr=POSITIVE, clip=st.none() | POSITIVE),
     probe=st.builds(Probe, rates=st.dictionaries(FAMILY, st.tuples(POSITIVE), max_size=2)),
     card=st.builds(CardChoice, language=st.tuples(TEXT), contact=st.none() | TEXT),
