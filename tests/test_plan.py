@@ -1,4 +1,4 @@
-"""The plan: from metadata alone, a dry run asks, fails as the run would, leaves nothing."""
+"""The plan: from metadata alone; a dry run asks, fails as the run would, leaves nothing."""
 
 from __future__ import annotations
 
