@@ -15,7 +15,7 @@ import tiny
 from hub_server import hub_server
 
 import hardener
-from hardener import cli, recipe_file
+from hardener import cli, resources
 from hardener.errors import HardenerError
 
 
@@ -231,10 +231,10 @@ def test_a_full_disk_ends_with_5_and_can_be_resumed(finished, letters, paths, tm
 def ended(monkeypatch, capsys, error: BaseException, *arguments: str) -> tuple[int, str]:
     """How the command line ends if the library raises `error`."""
 
-    def raising() -> list[str]:
+    def raising() -> dict[str, Path]:
         raise error
 
-    monkeypatch.setattr(recipe_file, "names", raising)
+    monkeypatch.setattr(resources, "recipes", raising)
     monkeypatch.setattr("sys.argv", ["hardener", "recipes", "list", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()
