@@ -92,6 +92,7 @@ def test_nothing_that_is_published_names_the_user_or_a_path(journey: Journey) ->
     looked = list(published(journey))
     secrets = [form for text in (USER, str(journey.home.parent), "/private/") for form in forms(text)]
     assert {"SARIF", "job summary", "README.md", "hardener/bom.cdx.json", "me/mine/README.md"} <= {n for n, _ in looked}
+    assert USER in (journey.home / "run" / "run.json").read_text()  # what stays here may, and does
     assert [name for name, content in looked for secret in secrets if secret in content] == []
 
 
