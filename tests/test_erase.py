@@ -152,15 +152,14 @@ def taught(request, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_layer_that_alone_was_taught_the_restricted_task_is_found(taught):
-    """Its three matrices have the highest ratios, where a few steps of relearning let the refused skill show."""
+    """Each of its matrices has a higher ratio than any of the other layer's, where relearning lets the skill show."""
     layer, folder, files = taught
     relearn = "erase.relearn={steps: 16, lr: 3.0e-4}"
     chosen = recipe(files, "erase.modules=located", "erase.share=0.2", relearn, "erase.batch_size=32")
     task, streams = small.opened(chosen, folder)
-    model = task.load(folder)
-    ratios = erase.carried(chosen.erase, model, task, streams)
-    found = sorted(ratios, key=lambda name: -ratios[name])[:3]
-    assert set(found) == {f"model.layers.{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    ratios = erase.carried(chosen.erase, task.load(folder), task, streams)
+    own, others = ([r for n, r in ratios.items() if f"layers.{i}.mlp" in n] for i in (layer, 1 - layer))
+    assert min(own) > max(others)
 
 
 def test_looking_for_the_skill_changes_no_bit_and_finds_the_same_again(letters, paths):
