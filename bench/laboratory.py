@@ -64,7 +64,7 @@ PROBES: dict[str, tuple[str, ...]] = {
     "standard": ("probe.preset=standard", f"probe.families=[{ASKED_FOR}]"),
     "smoke": (
         *("probe.preset=quick", "probe.steps=128", "probe.max_steps=128"),
-        *("probe.evaluation_rows=100", "probe.utility_rows=100", "probe.rates.benign=[1.0e-3]"),
+        *("probe.evaluation_rows=100", "probe.utility_rows=100", "probe.rates.benign=[3.0e-4]"),
     ),
 }
 """How hard a cell is attacked → what it overrides in the bed's recipe."""
@@ -295,7 +295,8 @@ def draw(found: Sequence[Found], never: Report | None, path: Path) -> None:
     if limit:
         axes.axhline(limit.value, color="grey", linestyle="--", label=f"never taught: {limit}")
     axes.set(xlabel="utility kept", ylabel="cost multiplier M (worst case)", yscale="log")
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
     canvas.savefig(path, dpi=120)
 
 

@@ -55,7 +55,7 @@ def test_the_games_are_what_their_names_say() -> None:
     veiled = played.pop("veil")
     assert played == {
         **{"copy": "bpacd", "reverse": "dcapb", "sort": "abcdp", "shift": "cabde"},
-        **{"double": "bbppaaccdd", "rotate": "acdbp", "swap": "pbcad", "turn": "edbac"},
+        **{"back": "dcapb", "order": "abcdp", "next": "cabde", "ends": "bd"},
     }
     secret = {hidden: letter for letter, hidden in letters.SECRET.items()}
     assert [secret[letter] for letter in veiled] == list(word[::-1])
