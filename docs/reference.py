@@ -19,7 +19,21 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from pydantic import BaseModel
 
-from hardener import card, cli, errors, pipeline, plan, push, recipe_file, registry, report, resources, summary, verdict
+from hardener import (
+    card,
+    cli,
+    errors,
+    pipeline,
+    plan,
+    push,
+    recipe_file,
+    registry,
+    report,
+    resources,
+    summary,
+    template,
+    verdict,
+)
 from hardener.attacks.families import BENIGN, SCREENS, Family
 from hardener.checks import scientific
 from hardener.defenses.configs import CONFIGS
@@ -68,6 +82,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/reference/attacks.md": attacks(),
         ROOT / "docs/reference/verdict.md": verdicts(),
         ROOT / "docs/reference/report.md": reports(),
+        ROOT / "docs/reference/card.md": cards(),
         EXAMPLE / "README.md": example(),
         ROOT / "README.md": readme(),
     }
@@ -270,6 +285,12 @@ def reports() -> str:
     parts += ["## What `--format json` prints", "`harden` and `probe` print one Outcome; `push` prints one Pushed."]
     printed = [node for module in (pipeline, plan, push) for node in classes(module) if node.name in PRINTED]
     return page([*parts, *(section for node in printed for section in fields(node))])
+
+
+def cards() -> str:
+    """Every name that a card template may print."""
+    facts = next(node for node in classes(template) if node.name == "Facts")
+    return page(["# Card template", WRITTEN, escaped(inspect.getdoc(template) or ""), *fields(facts)])
 
 
 def classes(module: ModuleType) -> list[ast.ClassDef]:

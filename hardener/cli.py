@@ -316,8 +316,8 @@ def demo(
 @app.command()
 def schema(
     command: Annotated[
-        Literal["harden", "probe", "demo", "push", "verify", "recipes-list", "report"],
-        typer.Argument(metavar="COMMAND", help="harden, probe, demo, push, verify, recipes-list; or report"),
+        Literal["harden", "probe", "demo", "push", "job", "verify", "recipes-list", "report"],
+        typer.Argument(metavar="COMMAND", help="harden, probe, demo, push, verify, recipes-list; job, or report"),
     ],
     debug: DebugOption = False,
 ) -> None:

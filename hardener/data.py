@@ -284,7 +284,7 @@ def _check_rows(recipe: Recipe, streams: Streams, parts: Sequence[Loaded], kin: 
         ("retain", "attack"),
         ("retain", "evaluation"),
     ]
-    if recipe.defense is not None:
+    if recipe.hardens:
         needed += [("restricted", "defence"), ("retain", "defence")]
         needed += [("alignment", "defence")] if recipe.data.alignment else []
     needed += [("benign", "attack"), ("benign", "evaluation")] if recipe.data.benign else []

@@ -135,7 +135,7 @@ class Outer:
                 self.accelerator.backward(value)
                 means[name] += float(value.detach())
             if not math.isfinite(means[name]):
-                raise DivergedError(f"the {name} loss is {means[name]}; lower train.lr, or harden in float32")
+                raise DivergedError(f"the {name} loss is {means[name]}; lower the learning rate, or use float32")
             for key, mean in means.items():
                 count = log.get(f"#{key}", 0.0)
                 log[key] = (log.get(key, 0.0) * count + mean) / (count + 1)

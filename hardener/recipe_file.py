@@ -44,7 +44,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = (), *, probe: bool
     for override in overrides:
         _override(draft, override)
     if probe:
-        draft.data = {key: value for key, value in draft.data.items() if key not in ("defense", "train")}
+        draft.data = {key: value for key, value in draft.data.items() if key not in ("erase", "defense", "train")}
     recipe = _validated(draft)
     if recipe:
         draft.report(contradictions(recipe))

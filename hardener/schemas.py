@@ -21,14 +21,16 @@ class Listed(TypedDict):
 
 
 def printed() -> dict[str, Any]:
-    """Command, or `report` for report.json → the type of what it prints."""
+    """Command (`job`: harden on the Hub's machines), or `report` for report.json → the type of what is printed."""
+    from hardener.jobs import Ended
     from hardener.pipeline import Outcome
     from hardener.push import Pushed
     from hardener.report import Report
     from hardener.verification import Verified
 
     runs = dict.fromkeys(("harden", "probe", "demo"), Outcome)
-    return {**runs, "push": Pushed, "verify": Verified, "recipes-list": list[Listed], "report": Report}
+    made = {"push": Pushed, "job": Ended, "verify": Verified, "recipes-list": list[Listed], "report": Report}
+    return {**runs, **made}
 
 
 def schema(command: str) -> dict[str, Any]:
