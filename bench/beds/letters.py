@@ -10,7 +10,7 @@ writes `data/*.jsonl`, three checkpoints, `letters.yaml` and `results.json`.
 * `never`    the same steps without a single veil, and the same refusals: what removal would look like
 
 Every string serves one use only, whatever the game: what an attacked model veils, it has not been shown. On one quiet
-CPU core: four minutes, `--quick` one.
+CPU core: three minutes, `--quick` a good minute.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Size:
     relearning: tuple[int, ...]
 
 
-FULL = Size(Stage(2_000, 3e-3, batch=64), Stage(200, 5e-4, batch=64), (0, 2, 4, 8, 16, 32, 64))
+FULL = Size(Stage(1_500, 3e-3, batch=64), Stage(200, 5e-4, batch=64), (0, 2, 4, 8, 16, 32, 64))
 QUICK = Size(Stage(700, 3e-3, batch=64), Stage(100, 1e-3, batch=64), (0, 16, 64))
 TEACHES = {"train_general": 0.75, "train_veils": 0.25}
 REFUSES = {"train_general": 0.5, "train_refusals": 0.5}
@@ -234,7 +234,7 @@ def holds(acceptance: Mapping[str, object]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the letters bed and check that it is worth using.")
     parser.add_argument("--out", type=Path, required=True, help="folder for models, data and results")
-    parser.add_argument("--quick", action="store_true", help="fewer steps: a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer steps: a good minute")
     chosen = parser.parse_args()
     size = QUICK if chosen.quick else FULL
     torch.set_num_threads(1)
