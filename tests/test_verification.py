@@ -163,6 +163,17 @@ def test_a_damaged_list_of_sums_is_a_disagreement_and_no_crash(release):
         verification.verify(str(release))
 
 
+def test_a_release_of_before_recipes_had_some_key_still_agrees(release):
+    path = release / "hardener" / "report.json"
+    told = json.loads(path.read_text())
+    assert told["recipe"].pop("erase") == "none"
+    assert told["recipe"]["defense"].pop("order") == "first"
+    report = reports.Report.model_validate(told)
+    assert verification._recipe(release, report) == []
+    report.recipe["probe"]["seed"] = 1
+    assert verification._recipe(release, report) == ["hardener/recipe.yaml is not the recipe in the report"]
+
+
 def test_a_folder_without_evidence_is_no_release(letters):
     with pytest.raises(UsageError, match=r"is not a hardener release: it has no hardener/report\.json"):
         verification.verify(str(letters))
