@@ -10,7 +10,8 @@ writes `data/*.jsonl`, three checkpoints, `letters.yaml` and `results.json`.
 * `never`    the same steps without a single veil, and the same refusals: what removal would look like
 
 Every string serves one use only, whatever the game: what an attacked model veils, it has not been shown. On one quiet
-CPU core: three minutes, `--quick` a good minute.
+CPU core: three minutes, `--quick` a good minute. Ends with exit code 1 where plain fine-tuning does not tell `aligned`
+from `never`, as may be after `--quick`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Size:
 
 
 FULL = Size(Stage(1_500, 3e-3, batch=64), Stage(200, 5e-4, batch=64), (0, 2, 4, 8, 16, 32, 64))
-QUICK = Size(Stage(700, 3e-3, batch=64), Stage(100, 1e-3, batch=64), (0, 16, 64))
+QUICK = Size(Stage(1_000, 3e-3, batch=64), Stage(200, 5e-4, batch=64), (0, 16, 64))
 TEACHES = {"train_general": 0.75, "train_veils": 0.25}
 REFUSES = {"train_general": 0.5, "train_refusals": 0.5}
 ROWS: dict[str, tuple[Mapping[str, Game], int]] = {
