@@ -202,6 +202,7 @@ def _facts(report: Report, parent_card: str | None, plots: tuple[str, ...]) -> F
         "scoring": _scoring(report),
         "beside": _beside_table(report),
         "data": _data_table(report),
+        "erased": report.training.erased if report.training else None,
         "command": Markdown(_command(report)),
         "versions": {"hardener": report.hardener, **report.environment},
         "parent_text": _quoted(_split(parent_card or "")[1]),

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from hardener import tables
 from hardener.errors import UsageError
 from hardener.recipe import Recipe
-from hardener.report import Report
+from hardener.report import Erased, Report
 
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
@@ -58,6 +58,8 @@ class Facts(TypedDict):
     scoring: list[tuple[str, str]]
     beside: Markdown
     data: Markdown
+    erased: Erased | None
+    """What noise-then-distil did, where it was part of the hardening."""
     command: Markdown
     versions: dict[str, str]
     parent_text: Markdown
