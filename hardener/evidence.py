@@ -42,7 +42,8 @@ def evidence(
     judged = whole.keep({run.family for one in whole.subjects for run in one.runs} - whole.outside)
     duel = measures.duel(judged)
     figures = _measures(judged, duel)
-    found = _checks(judged, duel, expected_families, planned_steps)
+    inside = tuple(family for family in expected_families if family not in whole.outside)
+    found = _checks(judged, duel, inside, planned_steps)
     needed = conditions.of_probe(judged, figures.utility_kept, epsilon) if judged.compared else {}
     word, reason, flags = verdict.decide(figures, found, needed)
     word, reason = verdict.cap(word, reason, preset)

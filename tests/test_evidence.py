@@ -241,6 +241,17 @@ def test_attacks_with_the_parents_weights_stand_beside_and_do_not_enter(original
     assert (found.families[2].multiplier, found.families[2].p) == (None, None)
 
 
+def test_an_attack_with_the_parents_weights_is_expected_of_the_hardened_model_alone(original):
+    """No original can be merged with its parent: it is the parent."""
+    runs = (*attacks(top=0.0), *attacks(families=("merge",)))
+    found = judge(original, measured("hardened", runs), expected_families=("full", "lora", "merge"))
+    assert found.checks["families complete"] == "ok"
+    assert found.word == "protected"
+    assert found.families[2].needs_parent
+    missing = judge(original, measured("hardened", attacks(top=0.0)), expected_families=("full", "lora", "merge"))
+    assert "merge on the hardened model" in missing.checks["families complete"]
+
+
 def test_an_original_that_already_knows_has_no_cost_to_multiply():
     knowing = tuple(run("full", rate, 1e-6, seed=seed) for rate in HALF_WAY for seed in SEEDS)
     knowing = tuple(
