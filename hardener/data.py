@@ -143,7 +143,8 @@ def text_of(row: Mapping[str, Any]) -> str | None:
 def kin_of(parts: Sequence[Loaded]) -> dict[str, str]:
     """Key of an input with text → the smallest key among its near-duplicates, which is its own if it has none.
 
-    The smallest in the first source that has any, so that a further source never moves the rows of those before it.
+    The smallest in the first source that has any, so that a further source moves no row of those before it, unless it
+    brings a text that is near to two that were apart: then all three belong together.
     """
     texts = {key: text for part in parts for key, text in part.texts.items()}
     cluster = dict(zip(texts, clusters(list(texts.values())), strict=True))

@@ -191,7 +191,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_state(chosen,
         return step(outer)
 
     defense.step = poisoned
-    with pytest.raises(DivergedError, match=r"loss is nan; lower train\.lr") as caught:
+    with pytest.raises(DivergedError, match=r"loss is nan; lower the learning rate") as caught:
         loop.run(defense, model, task, streams, chosen.train, "cpu", States(tmp_path), lambda *_: None)
     assert caught.value.exit_code == 5
     assert before == {path.name: sorted(f.read_bytes() for f in path.iterdir()) for path in States(tmp_path).all()}

@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hardener.data import Divider, Loaded, kin_of
@@ -158,11 +158,24 @@ def test_no_near_duplicates_ever_serve_two_uses(texts, chosen, seed):
 
 @settings(deadline=None, max_examples=100)
 @given(edited(), st.integers(0, 11), st.integers(0, 3))
-def test_a_further_source_never_moves_the_rows_of_those_before_it(texts, start, seed):
+def test_a_further_source_moves_no_row_of_those_before_it_unless_it_joins_them(texts, start, seed):
     every = ["defence", "attack", "evaluation"]
     first = ("restricted", every, 0, 6)
+    assume(clusters(texts[:6]) == clusters([*texts[:6], *texts[start : start + 12]])[:6])
     alone, more = (divided(texts, chosen, seed)[1] for chosen in ([first], [first, ("benign", every, start, 12)]))
     assert alone[0][1] == more[0][1]
+
+
+def test_a_text_that_is_near_to_two_that_were_apart_brings_all_three_into_one_use():
+    one, other = "w0 w0 w0 w0 w0 w1 w1 w1", "w0 w1 w0 w0 w0 w0 w1 w1 w1"
+    bridge = "w1 w0 w0 w0 w0 w1 w1 w1"
+    assert len({*clusters([one, other])}) == 2
+    assert len({*clusters([one, other, bridge])}) == 1
+    every = ["defence", "attack", "evaluation"]
+    chosen = [("restricted", every, 0, 2), ("benign", every, 2, 1)]
+    for seed in range(20):
+        uses = {s.use for slices, _ in divided([one, other, bridge], chosen, seed)[1] for s in slices if s.examples}
+        assert len(uses) == 1
 
 
 def drawn(kind: str, rows: int = 20_000) -> list[str]:
