@@ -150,7 +150,7 @@ def test_stdin_reaches_hardener(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_reaches_hardener_as_no_shell_is_left_between(tmp_path: Path, number: int, code: int) -> None:
     env = environment(tmp_path, stand_in(tmp_path / "bin", WAIT), RECORD=str(tmp_path))
-    started = subprocess.Popen([SCRIPT, "org/model"], env=env)
+    started = subprocess.Popen([SCRIPT, "org/model"], env=env, preexec_fn=listening)
     until(tmp_path / "started")
     started.send_signal(number)
     assert started.wait(10) == code
@@ -159,11 +159,17 @@ def test_a_signal_reaches_hardener_as_no_shell_is_left_between(tmp_path: Path, n
 
 def test_ctrl_c_reaches_hardener_through_hf(home: Path, tmp_path: Path) -> None:
     env = environment(home, stand_in(tmp_path / "bin", WAIT), RECORD=str(tmp_path))
-    started = subprocess.Popen([HF, "harden", "org/model"], env=env, start_new_session=True, stderr=subprocess.PIPE)
+    started = subprocess.Popen([HF, "harden", "org/model"], env=env, preexec_fn=listening, stderr=subprocess.PIPE)
     until(tmp_path / "started")
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does
     started.communicate(timeout=10)
     until(tmp_path / "signal")
+
+
+def listening() -> None:
+    """As under a terminal: a session of its own, and SIGINT heard, which jobs in the background are made deaf to."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def until(path: Path) -> None:
