@@ -111,5 +111,5 @@ def quiet() -> Iterator[None]:
 
 
 def values(log: dict[str, float]) -> str:
-    """Logged values in one line."""
-    return "  ".join(f"{name} {value:.3f}" for name, value in log.items() if name != "step")
+    """Logged values in one short line: those named by one word. The report has all."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in log.items() if name.isalpha() and name != "step")

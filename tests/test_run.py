@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from hardener import console
 from hardener.errors import DivergedError, HubError, RunError, UsageError
 from hardener.run import RunFolder, resumable, today
 
@@ -159,3 +160,8 @@ def test_whatever_ends_a_run_early_says_truly_how_to_go_on(run):
     for error in (KeyboardInterrupt, HubError, ValueError):
         assert told(run, error) == "The state is saved; go on with: the line"
     assert told(run, DivergedError) == "Going on would end the same way; start a new run with a lower train.lr"
+
+
+def test_the_line_of_a_step_is_short_and_the_report_has_the_rest():
+    log = {"step": 3, "harmful": 8.1591, "p(e) attacked": 0.98, "norm retain": 0.1, "retain": 0.003, "clip": 1.0}
+    assert console.values(log) == "harmful 8.159  retain 0.003  clip 1.000"
