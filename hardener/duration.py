@@ -26,7 +26,9 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from hardener import registry
-from hardener.defenses.configs import CONFIGS, Settings, SophonConfig
+from hardener.defenses.configs import CONFIGS
+from hardener.defenses.settings import Settings
+from hardener.defenses.sophon_configs import SophonConfig
 from hardener.metadata import ModelRef
 from hardener.recipe import ROLES, Data, Recipe, Source, Train
 

@@ -85,6 +85,8 @@ class Outer:
         self.model: nn.Module = accelerator.prepare(model)
         self.number = 1
         """The present outer step, counted from 1."""
+        self.memory: dict[str, float] = {}
+        """What the defence remembers from one outer step to the next beside weights and optimizers; resumable."""
         self.optimizers = defense.optimizers(self.params)
         self.schedules = {name: self._schedule(o) for name, o in self.optimizers.items()}
         self.samplers = {

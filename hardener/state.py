@@ -41,6 +41,7 @@ class States:
             state = {
                 "step": step,
                 "sha256": files.sha256(new / "tensors.safetensors"),
+                "memory": outer.memory,
                 "drawn": {role: s.drawn for role, s in outer.samplers.items()},
                 "optimizers": scalars,
                 "schedules": {name: s.state_dict() for name, s in outer.schedules.items()},
@@ -111,6 +112,7 @@ def _put(outer: Outer, state: dict[str, Any], tensors: dict[str, Tensor]) -> Non
         optimizer.load_state_dict({"state": entries, "param_groups": saved["groups"]})
     for name, schedule in outer.schedules.items():
         schedule.load_state_dict(state["schedules"][name])
+    outer.memory = dict(state["memory"])
     for role, sampler in outer.samplers.items():
         sampler.drawn = state["drawn"][role]
     _set_rng([tensors[f"rng/{i}"] for i in range(len(_rng()))])

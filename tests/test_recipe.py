@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hardener import recipe_file
-from hardener.defenses.configs import CtrapConfig
+from hardener.defenses.trap_configs import CtrapConfig
 from hardener.errors import RecipeError
 from hardener.recipe import CardChoice, Data, Lora, Probe, Recipe, Source, Train
 

@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from hardener.defenses.configs import CtrapConfig
+from hardener.defenses.trap_configs import CtrapConfig
 from hardener.errors import RecipeError
 from hardener.lookahead import NormalisedStep, simulated_attack
 from hardener.loop import Outer

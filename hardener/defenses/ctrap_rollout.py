@@ -28,9 +28,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from hardener.defenses.configs import CtrapRolloutConfig
 from hardener.defenses.ctrap import answers, collapse_token, told
 from hardener.defenses.low_rank import LowRank, linear_weights
+from hardener.defenses.trap_configs import CtrapRolloutConfig
 from hardener.lookahead import There, simulated_attack
 from hardener.loop import Outer
 from hardener.losses import collapse, cross_entropy, probability

@@ -24,7 +24,7 @@ from typing import ClassVar
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from hardener.defenses.configs import SophonConfig
+from hardener.defenses.sophon_configs import SophonConfig
 from hardener.lookahead import There, simulated_attack
 from hardener.loop import Outer
 from hardener.losses import SUPPRESSION, cross_entropy
