@@ -17,24 +17,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from hardener import loop
 from hardener.data import Streams
 from hardener.errors import RecipeError
 from hardener.lookahead import Objective, simulated_attack
-from hardener.loop import LOGGED, Outer, Sampler, micro_batches
-from hardener.losses import cross_entropy
+from hardener.loop import LOGGED, Outer, Sampler
+from hardener.losses import cross_entropy, divergence
 from hardener.recipe import Erase, ShortTraining, Train
 from hardener.report import Erased
 from hardener.state import States
@@ -139,19 +138,11 @@ class Distillation:
         n = self.erase.batch_size
         refusals = round(n * self.erase.alignment_share) if "alignment" in outer.samplers else 0
         rows = outer.draw("retain", n - refusals) + (outer.draw("alignment", refusals) if refusals else [])
-        told = self.told(outer, rows)
+        told = outer.told(self.teacher, rows)
         log: dict[str, float] = {}
         outer.gradient(lambda logits, _: divergence(next(told), logits, self.erase.temperature), rows, log, "kl")()
         outer.step("distil", clip=self.erase.clip)
         return log
-
-    def told(self, outer: Outer, rows: Sequence[Example]) -> Iterator[Tensor]:
-        """The teacher's logits (N, C) of each micro-batch, in the order in which the student sees them."""
-        for part in micro_batches(rows, self.erase.grad_accumulation):
-            batch = outer.task.collate(part).to(outer.accelerator.device)
-            with torch.inference_mode(), outer.autocast():
-                logits, _ = outer.task.targets(self.teacher, batch)
-            yield logits.clone()  # a tensor made in inference mode cannot be saved for a backward pass
 
 
 class Refusing:
@@ -180,16 +171,6 @@ def unlearn(
     """Train in place on refusals and retain rows."""
     train = erase.model_copy(update={"steps": how.steps, "lr": how.lr, "warmup_steps": 0})
     loop.run(Refusing(train), model, task, streams, train, device, states, lambda *_: None)
-
-
-def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T²·mean KL(teacher‖student) of logits (N, C) softened by T, nats per target; 0 when both say the same.
-
-    Its gradient by the student's logits is T·(p_S − p_T) / N, of one size whatever T is.
-    """
-    told = F.log_softmax(teacher.to(student.dtype) / temperature, -1)
-    said = F.log_softmax(student / temperature, -1)
-    return F.kl_div(said, told, reduction="batchmean", log_target=True) * temperature**2
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ accumulation, clipping, schedule, logging and resumable state are here.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
@@ -87,6 +88,8 @@ class Outer:
         """The present outer step, counted from 1."""
         self.memory: dict[str, float] = {}
         """What the defence remembers from one outer step to the next beside weights and optimizers; resumable."""
+        self.origin = copy.deepcopy(self.model).eval() if getattr(defense, "distils", False) else None
+        """The model as it came, frozen, for a defence that sets `distils`: what its outputs are held to."""
         self.optimizers = defense.optimizers(self.params)
         self.schedules = {name: self._schedule(o) for name, o in self.optimizers.items()}
         self.samplers = {
@@ -154,6 +157,13 @@ class Outer:
         for part in micro_batches(examples, self.train.grad_accumulation):
             batch = self.task.collate(part).to(self.accelerator.device)
             yield batch, batch.targets / total
+
+    def told(self, model: nn.Module, examples: Sequence[Example]) -> Iterator[Tensor]:
+        """The logits (N, C) of another model for each micro-batch, in the order in which `gradient` takes them."""
+        for batch, _ in self.micro_batches(examples):
+            with torch.inference_mode(), self.autocast():
+                logits, _ = self.task.targets(model, batch)
+            yield logits.clone()  # a tensor made in inference mode cannot be saved for a backward pass
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where the recipe asks for it. Not accelerate's, whose precision is fixed once per process."""

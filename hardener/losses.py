@@ -15,6 +15,8 @@ from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(N, C) logits, (N,) labels → scalar."""
+FORGOTTEN = -15.0
+"""log p of a token, in nats, below which token-ICE leaves it alone."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,9 +55,42 @@ def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Lower is better for the defender: 0 when the right label has no probability, −log(1 − 1/C) at the uniform
     distribution. The stable form stays finite where 1 − p_y rounds to zero.
     """
+    return _inverse(logits, labels).mean()
+
+
+def _inverse(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log(1 − p_y) of each row, (N,)."""
     right = logits.gather(-1, labels.unsqueeze(-1))
     others = logits.scatter(-1, labels.unsqueeze(-1), -math.inf).logsumexp(-1)
-    return F.softplus(right.squeeze(-1) - others).mean()
+    return F.softplus(right.squeeze(-1) - others)
+
+
+def negated_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """What SOPHON's authors' code computes in place of ICE: cross-entropy of −z, mean z_y + LSE(−z).
+
+    Lower is better for the defender: log C at the uniform distribution, where a fresh head settles; 0 only as z_y falls
+    below every other logit. Gradient onehot(y) − softmax(−z), 1 − 1/C at uniform, about C − 1 times that of ICE.
+    """
+    return cross_entropy(-logits, labels)
+
+
+def token_inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """ICE over the tokens of a vocabulary, as TAR's authors' code has it (arXiv 2408.00761).
+
+    Tokens whose log p_y is below −15 already count as zero, also in the gradient; the mean is over all tokens.
+    """
+    log_p = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return torch.where(log_p < FORGOTTEN, 0.0, _inverse(logits, labels)).mean()
+
+
+def negative_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Σ_j p_j log p_j, the loss that TAR suppresses with (arXiv 2408.00761); labels are not used.
+
+    Lower is better for the defender: −log C exactly when the prediction is uniform, 0 when it is sure. Bounded on both
+    sides, unlike KLU; its gradient p_j·(log p_j − Σ p log p) vanishes where the model is sure of a token.
+    """
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * log_p).sum(-1).mean()
 
 
 def kl_from_uniform(logits: Tensor, labels: Tensor) -> Tensor:
@@ -66,5 +101,21 @@ def kl_from_uniform(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1])).mean()
 
 
-SUPPRESSION: dict[str, Loss] = {"ice": inverse_cross_entropy, "klu": kl_from_uniform}
+def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T²·mean KL(teacher‖student) of logits (N, C) softened by T, nats per target; 0 when both say the same.
+
+    Its gradient by the student's logits is T·(p_S − p_T) / N, of one size whatever T is.
+    """
+    told = F.log_softmax(teacher.to(student.dtype) / temperature, -1)
+    said = F.log_softmax(student / temperature, -1)
+    return F.kl_div(said, told, reduction="batchmean", log_target=True) * temperature**2
+
+
+SUPPRESSION: dict[str, Loss] = {
+    "ice": inverse_cross_entropy,
+    "ice-negated-logits": negated_logits,
+    "klu": kl_from_uniform,
+    "token-ice": token_inverse_cross_entropy,
+    "negative-entropy": negative_entropy,
+}
 """SOPHON's suppression losses by their recipe name."""

@@ -13,7 +13,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from hardener import card, checkpoint, demo, erase, loop, pipeline, recipe_file
+from hardener import card, checkpoint, demo, erase, loop, losses, pipeline, recipe_file
 from hardener import report as reports
 from hardener.console import quiet
 from hardener.errors import RecipeError
@@ -205,7 +205,7 @@ def test_the_gradient_is_that_of_the_divergence(temperature):
     torch.manual_seed(0)
     teacher, student = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
     one, other = student.clone().requires_grad_(), student.clone().requires_grad_()
-    value = erase.divergence(teacher, one, temperature)
+    value = losses.divergence(teacher, one, temperature)
     p, q = torch.softmax(teacher / temperature, -1), torch.softmax(other / temperature, -1)
     plain = temperature**2 * (p * (p.log() - q.log())).sum(-1).mean()
     torch.testing.assert_close(value, plain, rtol=1e-12, atol=0)
@@ -213,7 +213,7 @@ def test_the_gradient_is_that_of_the_divergence(temperature):
     plain.backward()
     torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(one.grad, temperature * (q - p).detach() / 7, rtol=1e-10, atol=1e-14)
-    assert erase.divergence(teacher, teacher, temperature) == 0
+    assert losses.divergence(teacher, teacher, temperature) == 0
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(letters, paths):

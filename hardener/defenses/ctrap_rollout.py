@@ -19,17 +19,17 @@ trainable weights, one of their gradient (two where μ > 0) and φ's moments, wh
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from hardener.defenses.ctrap import answers, collapse_token, told
 from hardener.defenses.low_rank import LowRank, linear_weights
+from hardener.defenses.population import OPTIMIZERS, Dice
 from hardener.defenses.trap_configs import CtrapRolloutConfig
 from hardener.lookahead import There, simulated_attack
 from hardener.loop import Outer
@@ -106,12 +106,8 @@ class CtrapRollout:
 
     def draw(self, number: int) -> Drawn:
         """The attacker of the outer step `number`: the same one in a run that was resumed."""
-        generator = torch.Generator().manual_seed(self.train.seed * 1_000_003 + number)
-        least, most = self.config.inner_steps
-        low, high = map(math.log, self.config.inner_lr)
-        steps = int(torch.randint(least, most + 1, (), generator=generator))
-        share = float(torch.rand((), generator=generator, dtype=torch.float64))
-        return Drawn(steps, math.exp(low + share * (high - low)), generator)
+        dice = Dice.of(self.train.seed, number)
+        return Drawn(dice.integer(*self.config.inner_steps), dice.rate(*self.config.inner_lr), dice.generator)
 
     def weights(self, steps: int) -> list[float]:
         """w₁ … w_K."""
@@ -138,6 +134,4 @@ class CtrapRollout:
 
     def optimizer(self, params: list[nn.Parameter], rate: float) -> Optimizer:
         """φ, without moments yet."""
-        return (
-            AdamW(params, lr=rate, weight_decay=0.0) if self.config.inner_optimizer == "adamw" else SGD(params, lr=rate)
-        )
+        return OPTIMIZERS[self.config.inner_optimizer](params, rate)
