@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from hardener import registry
 from hardener.defenses.configs import CONFIGS
 from hardener.defenses.settings import Settings
-from hardener.defenses.sophon_configs import SophonConfig
+from hardener.defenses.sophon_configs import Guarded
 from hardener.metadata import ModelRef
 from hardener.recipe import ROLES, Data, Recipe, Source, Train
 
@@ -77,9 +77,8 @@ def rows_per_step(recipe: Recipe) -> int:
     settings, train = _settings(recipe), recipe.train
     if settings is None or train is None:
         return 0
-    if isinstance(settings, SophonConfig):
-        walk = settings.inner_steps * (settings.inner_batch + settings.query_batch)
-        return settings.suppression_steps * walk + settings.reinforcement_steps * train.batch_size
+    if isinstance(settings, Guarded):
+        return settings.rows(train.batch_size)
     return settings.passes * train.batch_size
 
 

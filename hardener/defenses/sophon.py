@@ -6,12 +6,15 @@
              normal training reinforcement (NTR), l_NTR times:
                  Adam(β) on  ∇ CE(θ; S)                                    the original task
 
-L_α is ICE or KLU (`losses.py`). R and T are fresh support and query batches of the restricted task in each inner step.
-The authors' code averages the query losses over all K steps; as the first-order gradient of that mean is the mean of
-the K gradients, they are added up along the walk and memory does not grow with K.
+L_α is ICE, KLU or another of `losses.py`. R and T are fresh support and query batches of the restricted task in each
+inner step. The authors' code averages the query losses over all K steps; as the first-order gradient of that mean is
+the mean of the K gradients, they are added up along the walk and memory does not grow with K.
 
 A simulated attacker with a fresh head draws it anew before each walk; the gradient of that head is dropped, because
 it is the attacker's. (The authors' code, where both tasks share one layer, applies it to the model's own head.)
+
+Where the recipe has a floor, the original task is looked at every so often; below it the weights go back to the last
+look and training ends (`guard.py`): the steps that are left do nothing.
 
 Cost: 2K + 1 forward and backward passes per outer step with l_FTS = l_NTR = 1.
 """
@@ -24,12 +27,16 @@ from typing import ClassVar
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from hardener.defenses.guard import Guard
 from hardener.defenses.sophon_configs import SophonConfig
-from hardener.lookahead import There, simulated_attack
+from hardener.lookahead import Objective, There, simulated_attack
 from hardener.loop import Outer
 from hardener.losses import SUPPRESSION, cross_entropy
 from hardener.recipe import Role, Train
 from hardener.tasks.base import Task
+
+STOPPED = "stopped"
+"""In memory and log: the outer step after which the weights went back."""
 
 
 class Sophon:
@@ -44,16 +51,28 @@ class Sophon:
         self.train = train
         self.task = task
         self.suppression = SUPPRESSION[config.suppression]
+        self.guard = Guard(config)
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
-        """Two Adams: α suppresses, β reinforces."""
+        """Two Adams: α suppresses, β reinforces; and the point to go back to, where there is a floor."""
         return {
             "suppress": Adam(params, lr=self.config.alpha_lr),
             "reinforce": Adam(params, lr=self.train.lr, weight_decay=self.train.weight_decay),
+            **self.guard.optimizers(params),
         }
 
     def step(self, outer: Outer) -> dict[str, float]:
-        """One outer step; returns mean losses in nats."""
+        """One outer step; returns mean losses in nats, and once the floor was broken the step at which it was."""
+        self.guard.begin(outer)
+        if STOPPED in outer.memory:
+            return {STOPPED: outer.memory[STOPPED]}
+        log = self.trained(outer)
+        if self.guard.fell(outer, log):
+            outer.memory[STOPPED] = outer.number
+        return log
+
+    def trained(self, outer: Outer) -> dict[str, float]:
+        """FTS, then NTR; returns mean losses in nats."""
         log: dict[str, float] = {}
         for _ in range(self.config.suppression_steps):
             with self.head(outer):
@@ -66,15 +85,21 @@ class Sophon:
         return log
 
     def walk(self, outer: Outer, log: dict[str, float]) -> There:
-        """K simulated fine-tuning steps with the suppression gradient taken after each."""
+        """K simulated fine-tuning steps with the suppression gradient taken after each; K = 0: at θ itself."""
         k = self.config.inner_steps
         with simulated_attack(outer.model, self.attacker) as there:
             for _ in range(k):
                 support = outer.draw("restricted", self.config.inner_batch)
-                query = outer.draw("restricted", self.config.query_batch)
                 there.step(outer.gradient(cross_entropy, support, log, "attack"))
-                there.keep(outer.gradient(self.suppression, query, log, "suppression"), 1 / k)
+                there.keep(self.suppressing(outer, log), 1 / k)
+            if k == 0:
+                there.keep(self.suppressing(outer, log))
         return there
+
+    def suppressing(self, outer: Outer, log: dict[str, float]) -> Objective:
+        """∇ L_α on a fresh query batch."""
+        query = outer.draw("restricted", self.config.query_batch)
+        return outer.gradient(self.suppression, query, log, "suppression")
 
     def attacker(self, params: list[nn.Parameter]) -> Optimizer:
         """The simulated fine-tuner φ; plain SGD at 1e-4 in the authors' code."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -9,14 +10,36 @@ from pydantic import Field
 from hardener.defenses.settings import Settings
 from hardener.recipe import Paper
 
+Suppression = Literal["ice", "ice-negated-logits", "klu", "token-ice", "negative-entropy"]
 
-class SophonConfig(Settings):
+
+class Guarded(Settings):
+    """What has a floor under the retain task."""
+
+    floor: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="least share of the first score that held-back retain rows must stay above; null: no floor",
+    )
+    floor_every: int = Field(10, ge=1, description="outer steps between two looks at the floor")
+    floor_by: Literal["score", "loss"] = Field(
+        "score", description="what is looked at: the score of the retain rows, or 1/loss (cross-entropy per target)"
+    )
+
+    @abstractmethod
+    def rows(self, batch_size: int) -> int:
+        """Rows on which gradients are taken in one outer step; `batch_size` is that of `train`."""
+
+
+class SophonConfig(Guarded):
     """SOPHON: alternate l_FTS suppression steps along simulated attacks with l_NTR steps on the retain task.
 
     Suppression minimises (1/K) Σ_k ℓ(θ_k; query) over the points θ_k of an attack of K steps, first order;
     ℓ is ICE, −log(1 − p_y), or KLU, KL(uniform‖p). Reinforcement minimises cross-entropy on retain; its rate
-    β is `train.lr`, its batch `train.batch_size`. Source: arXiv 2404.12699, algorithm 1; clip and head are
-    from the authors' code.
+    β is `train.lr`, its batch `train.batch_size`. Below `floor` the weights go back to the last look and training
+    ends. Source: arXiv 2404.12699, algorithm 1; clip, head, floor and `ice-negated-logits` are from the authors' code;
+    `token-ice` and `negative-entropy`, for language models, from that of arXiv 2408.00761.
     """
 
     title: ClassVar[str] = "SOPHON"
@@ -26,14 +49,22 @@ class SophonConfig(Settings):
     )
     tasks: ClassVar[tuple[str, ...]] = ("image-classification", "sequence-classification", "causal-lm")
 
-    suppression: Literal["ice", "klu"] = Field("klu", description="suppression loss; klu needs no labels")
-    alpha_lr: float = Field(3e-4, gt=0, description="α, learning rate of the suppression loop's own Adam")
+    suppression: Suppression = Field(
+        "klu",
+        description="suppression loss; `ice-negated-logits` is what the authors' code computes in place of ICE, "
+        "`token-ice` is ICE without tokens that are forgotten already; klu and negative-entropy need no labels",
+    )
+    alpha_lr: float = Field(
+        3e-4, ge=0, description="α, learning rate of the suppression loop's own Adam; 0 is plain training on retain"
+    )
     suppression_clip: float | None = Field(
         0.5, gt=0, description="global norm of the suppression gradient; null: no clipping"
     )
     suppression_steps: int = Field(1, ge=1, description="l_FTS, suppression steps per outer step")
     reinforcement_steps: int = Field(1, ge=1, description="l_NTR, reinforcement steps per outer step")
-    inner_steps: int = Field(50, ge=1, description="K, steps of the simulated attacker")
+    inner_steps: int = Field(
+        50, ge=0, description="K, steps of the simulated attacker; 0 suppresses the model as it is"
+    )
     inner_lr: float = Field(1e-4, gt=0, description="learning rate of the simulated attacker")
     inner_batch: int = Field(135, ge=1, description="restricted rows per simulated step")
     query_batch: int = Field(15, ge=1, description="restricted rows per suppression loss")
@@ -43,7 +74,12 @@ class SophonConfig(Settings):
         "fresh", description="fresh: the simulated attacker draws a new classifier head, as a real one does"
     )
 
+    def rows(self, batch_size: int) -> int:
+        """Support and query of each simulated step, and the reinforcement's."""
+        walk = self.inner_steps * self.inner_batch + max(1, self.inner_steps) * self.query_batch
+        return self.suppression_steps * walk + self.reinforcement_steps * batch_size
+
     @property
     def passes(self) -> int:
         """Two per simulated step, one per reinforcement step."""
-        return 2 * self.inner_steps * self.suppression_steps + self.reinforcement_steps
+        return max(1, 2 * self.inner_steps) * self.suppression_steps + self.reinforcement_steps
