@@ -11,6 +11,8 @@ import torch
 from test_defenses import Recorded, close, gradient, widened
 from test_loop import Stop, same, train
 
+from hardener import recipe_file
+from hardener.defenses import configs
 from hardener.errors import RecipeError
 from hardener.losses import SUPPRESSION, cross_entropy
 from hardener.state import States
@@ -137,6 +139,37 @@ def test_a_language_model_is_suppressed_by_any_loss(sophon, loss):
     close(seen.gradients["suppress"], [t / 2 for t in total], 1e-5)  # its norms are float32
     assert seen.clips["suppress"] == 0.5
     assert {"attack", "suppression", "retain"} <= log.keys()
+
+
+def test_a_head_with_too_few_outputs_is_not_kept(chosen):
+    defense, outer = small.defended(*chosen("text", "defense.head=kept"))
+    outer.streams.classes["restricted"] = outer.model.config.num_labels + 1
+    with pytest.raises(RecipeError, match="fewer outputs than the 4 restricted classes; use `head: fresh`"):
+        defense.step(outer)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "train"),
+    [
+        ("sophon-image", ("ice", 3e-4, 1, "fresh", None), (800, 5e-4)),
+        ("sophon-image-code-ice", ("ice-negated-logits", 3e-4, 1, "fresh", 0.8), (1000, 5e-4)),
+        ("sophon-image-code-klu", ("klu", 1e-4, 5, "kept", 0.8), (1000, 1e-4)),
+    ],
+)
+def test_the_presets_for_images_are_those_of_paper_and_code(name, settings, train):
+    recipe = recipe_file.load(name)
+    config = configs.CONFIGS["sophon"](**recipe.defense.settings)
+    assert (config.suppression, config.alpha_lr, config.reinforcement_steps, config.head, config.floor) == settings
+    assert (recipe.train.steps, recipe.train.lr) == train
+    assert (config.suppression_steps, config.inner_steps, config.inner_lr, config.inner_optimizer) == (
+        1,
+        50,
+        1e-4,
+        "sgd",
+    )
+    assert (config.suppression_clip, recipe.train.clip, recipe.train.batch_size) == (0.5, None, 150)
+    assert (config.inner_momentum, config.inner_batch, config.query_batch) == (0.0, 135, 15)
+    assert config.floor is None or config.floor_every == 1
 
 
 # --- the floor ----------------------------------------------------------------------------------------------

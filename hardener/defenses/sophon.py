@@ -29,6 +29,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from hardener.defenses.guard import Guard
 from hardener.defenses.sophon_configs import SophonConfig
+from hardener.errors import RecipeError
 from hardener.lookahead import Objective, There, simulated_attack
 from hardener.loop import Outer
 from hardener.losses import SUPPRESSION, cross_entropy
@@ -108,7 +109,19 @@ class Sophon:
         return SGD(params, lr=self.config.inner_lr, momentum=self.config.inner_momentum)
 
     def head(self, outer: Outer) -> AbstractContextManager[None]:
-        """A fresh head for the restricted task, or the model's own."""
-        if self.config.head == "kept" or self.task.generative:
+        """A fresh head for the restricted task, or the model's own. Raises RecipeError if that has too few outputs."""
+        if self.task.generative:
             return nullcontext()
-        return self.task.fresh_head(outer.model, outer.classes("restricted"))
+        if self.config.head == "fresh":
+            return self.task.fresh_head(outer.model, outer.classes("restricted"))
+        if not fits(outer):
+            raise RecipeError(
+                "defense.head: the model's own head has fewer outputs than the "
+                f"{outer.classes('restricted')} restricted classes; use `head: fresh`"
+            )
+        return nullcontext()
+
+
+def fits(outer: Outer) -> bool:
+    """Whether the model's own head has an output for each restricted class."""
+    return outer.classes("restricted") <= int(outer.model.config.num_labels)  # type: ignore[union-attr, arg-type]
