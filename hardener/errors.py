@@ -11,7 +11,8 @@
     ├── GateError                  1  the evidence does not allow what was asked
     ├── VerifyError                1  a release does not agree with its own evidence
     └── ResourceError              5  the run failed: memory, disk, or training that diverged
-        └── DivergedError             a loss or gradient stopped being a number
+        ├── DivergedError             a loss or gradient stopped being a number
+        └── LostError                 one of several processes is gone
 
 A message says what happened, names the value, and says what to do.
 """
@@ -77,3 +78,7 @@ class ResourceError(HardenerError):
 
 class DivergedError(ResourceError):
     """A loss or gradient norm is not finite; the last good state is kept."""
+
+
+class LostError(ResourceError):
+    """One of several processes ended, or cannot be reached; the last state is kept."""

@@ -1,7 +1,8 @@
 """The outer loop: the only file that knows accelerate, and the only one that changes weights for good.
 
 A defence sees `Outer`: the model, rows by role, a gradient, and a step of one of its optimizers. Placement, precision,
-accumulation, clipping, schedule, logging and resumable state are here.
+accumulation, clipping, schedule, logging and resumable state are here. A defence does not see that there may be several
+processes: each draws the same rows, takes the gradient on its share of them, and has the sum.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from hardener.data import Streams
 from hardener.errors import DivergedError
+from hardener.group import ALONE, Group
 from hardener.lookahead import Objective, global_norm
 from hardener.losses import Loss
 from hardener.recipe import Role, Train
@@ -78,17 +80,21 @@ class Outer:
         defense: Defense,
         train: Train,
         accelerator: Accelerator,
+        group: Group = ALONE,
     ) -> None:
         self.task = task
         self.streams = streams
         self.train = train
         self.accelerator = accelerator
-        self.model: nn.Module = accelerator.prepare(model)
+        self.group = group
+        """The processes that compute together."""
+        origin = copy.deepcopy(model) if getattr(defense, "distils", False) else None
+        self.model = group.placed(model, accelerator)
         self.number = 1
         """The present outer step, counted from 1."""
         self.memory: dict[str, float] = {}
         """What the defence remembers from one outer step to the next beside weights and optimizers; resumable."""
-        self.origin = copy.deepcopy(self.model).eval() if getattr(defense, "distils", False) else None
+        self.origin = None if origin is None else group.placed(origin, accelerator).eval()
         """The model as it came, frozen, for a defence that sets `distils`: what its outputs are held to."""
         self.optimizers = defense.optimizers(self.params)
         self.schedules = {name: self._schedule(o) for name, o in self.optimizers.items()}
@@ -129,16 +135,18 @@ class Outer:
 
         def backward() -> None:
             means = dict.fromkeys((name, *beside), 0.0)
-            for batch, share in self.micro_batches(examples):
-                with self.autocast():
-                    logits, labels = self.task.targets(self.model, batch)
-                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                value = loss(wide, labels) * share
-                with torch.no_grad():
-                    for other, measure in beside.items():
-                        means[other] += float(measure(wide, labels)) * share
-                self.accelerator.backward(value)
-                means[name] += float(value.detach())
+            with self.group.summing(self.params):
+                for batch, share in self.micro_batches(examples):
+                    with self.autocast():
+                        logits, labels = self.task.targets(self.model, batch)
+                    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    value = loss(wide, labels) * share
+                    with torch.no_grad():
+                        for other, measure in beside.items():
+                            means[other] += float(measure(wide, labels)) * share
+                    self.accelerator.backward(value * self.group.factor)
+                    means[name] += float(value.detach())
+            means = self.group.sums(means)
             if not math.isfinite(means[name]):
                 raise DivergedError(f"the {name} loss is {means[name]}; lower the learning rate, or use float32")
             for key, mean in means.items():
@@ -149,14 +157,15 @@ class Outer:
         return backward
 
     def micro_batches(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, float]]:
-        """Micro-batches on the device, each with its share of all targets; the one place where losses are normalised.
+        """This process's micro-batches on the device, each with its share of all targets.
 
-        Several ranks would sum `total` over them here, and nowhere else.
+        The one place where losses are normalised: `examples` are those of all processes, and so is their number of
+        targets. A share is 0 where a process only keeps the others company.
         """
         total = sum(e.targets for e in examples)
-        for part in micro_batches(examples, self.train.grad_accumulation):
+        for part, counts in self.group.share(examples, self.train.grad_accumulation):
             batch = self.task.collate(part).to(self.accelerator.device)
-            yield batch, batch.targets / total
+            yield batch, counts * batch.targets / total
 
     def told(self, model: nn.Module, examples: Sequence[Example]) -> Iterator[Tensor]:
         """The logits (N, C) of another model for each micro-batch, in the order in which `gradient` takes them."""
@@ -189,9 +198,10 @@ class Outer:
         return 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
 
     def advance(self) -> None:
-        """Move every schedule on by one outer step."""
+        """Move every schedule on by one outer step; buffers (BatchNorm's) become those of the first process."""
         for schedule in self.schedules.values():
             schedule.step()
+        self.group.give(list(self.model.buffers()))
 
     def _schedule(self, optimizer: Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         from transformers import get_scheduler
@@ -205,12 +215,6 @@ class Outer:
         return schedule
 
 
-def micro_batches(examples: Sequence[Example], parts: int) -> list[Sequence[Example]]:
-    """Cut a batch into at most `parts` pieces of nearly equal size."""
-    size = math.ceil(len(examples) / parts)
-    return [examples[i : i + size] for i in range(0, len(examples), size)]
-
-
 def run(
     defense: Defense,
     model: nn.Module,
@@ -220,11 +224,12 @@ def run(
     device: str,
     states: States,
     tell: Callable[[int, dict[str, float]], None],
+    group: Group = ALONE,
 ) -> tuple[dict[str, float], ...]:
     """Train in place, from the last saved state if there is one; returns the log, thinned.
 
-    Same seed, same machine kind: same bits, interrupted or not. Raises DivergedError where a loss or gradient is
-    not finite.
+    Same seed, same machine kind, same number of processes: same bits, interrupted or not. Raises DivergedError where a
+    loss or gradient is not finite.
     """
     torch.manual_seed(train.seed)
     torch.use_deterministic_algorithms(train.deterministic)
@@ -232,7 +237,7 @@ def run(
         model.gradient_checkpointing_enable()  # type: ignore[operator]
     accelerator = Accelerator(cpu=device == "cpu")
     model.train()
-    outer = Outer(model, task, streams, defense, train, accelerator)
+    outer = Outer(model, task, streams, defense, train, accelerator, group)
     log: list[dict[str, float]] = []
     done = states.restore(outer, log)
     every = max(1, train.steps // LOGGED)

@@ -15,7 +15,8 @@ import torch
 from hardener import loop, registry
 from hardener.defenses import configs
 from hardener.errors import DivergedError
-from hardener.loop import Sampler, micro_batches
+from hardener.group import ALONE, Group
+from hardener.loop import Sampler
 from hardener.losses import cross_entropy, probability
 from hardener.state import States
 
@@ -103,6 +104,19 @@ def test_a_rollout_too_goes_on_with_the_same_bits(letters, paths, tmp_path, sett
     assert resumed[1] == straight[1]
 
 
+def test_an_adaptive_trap_too_goes_on_with_the_same_bits(letters, paths, tmp_path):
+    """Who is drawn depends on the scores so far, and the price on the drift so far; θ₀ is the model as it came."""
+    own = {"name": "ctrap-adaptive", "inner_steps": [1, 3], "lora": {"r": 2, "alpha": 4}, "bound": 1e-9}
+    chosen = small.recipe(paths, "defense=" + json.dumps(own), "train.lr=1.0e-2")
+    straight = train(chosen, letters, tmp_path / "straight")
+    assert len({point["won"] for point in straight[1]}) == len({point["price"] for point in straight[1]}) == 4
+    with pytest.raises(Stop):
+        train(chosen, letters, tmp_path / "broken", stop_after=3)
+    resumed = train(chosen, letters, tmp_path / "broken")
+    assert same(resumed[0], straight[0])
+    assert resumed[1] == straight[1]
+
+
 def test_only_two_states_are_kept(whole):
     assert [folder.name for folder in States(whole[2]).all()] == ["step-000003", "step-000004"]
     assert sorted(path.name for path in whole[2].iterdir()) == ["step-000003", "step-000004"]
@@ -148,7 +162,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch_for_uneven_answers(l
         _, outer = small.defended(small.recipe(paths, f"train.grad_accumulation={parts}"), letters)
         outer.model.double()
         examples = sorted(outer.draw("restricted", 10), key=lambda e: e.targets)
-        assert len({sum(e.targets for e in part) for part in micro_batches(examples, 4)}) > 1
+        assert len({sum(e.targets for e in part) for part, _ in ALONE.share(examples, 4)}) > 1
         log: dict[str, float] = {}
         outer.gradient(cross_entropy, examples, log, "loss", {"p(e)": probability(5)})()
         gradients.append([p.grad for p in outer.params] + [torch.tensor([log["loss"], log["p(e)"]]).double()])
@@ -171,9 +185,21 @@ def test_accumulation_gives_the_same_weights(letters, paths, tmp_path):
 @pytest.mark.parametrize(("n", "parts"), [(1, 4), (5, 4), (8, 3), (10, 4), (16, 16), (7, 1)])
 def test_micro_batches_lose_no_row(n, parts):
     rows = list(range(n))
-    cut = micro_batches(rows, parts)
-    assert list(itertools.chain(*cut)) == rows
+    cut = ALONE.share(rows, parts)
+    assert list(itertools.chain(*(part for part, _ in cut))) == rows
     assert len(cut) <= parts
+    assert {counts for _, counts in cut} == {1.0}
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+@pytest.mark.parametrize(("n", "parts"), [(1, 4), (5, 4), (8, 3), (10, 4), (16, 16), (7, 1)])
+def test_processes_share_all_rows_once_and_meet_in_as_many_pieces(n, parts, processes):
+    rows = list(range(n))
+    shares = [Group(rank, processes).share(rows, parts) for rank in range(processes)]
+    assert sorted(row for share in shares for part, counts in share if counts for row in part) == rows
+    assert len({len(share) for share in shares}) == 1
+    assert 0 < len(shares[0]) <= parts
+    assert all(part for share in shares for part, _ in share)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_state(chosen, letters, whole, tmp_path):
