@@ -7,7 +7,7 @@ from string import Formatter
 from typing import Any
 
 from hardener import registry
-from hardener.attacks.families import SCREENS
+from hardener.attacks.families import SCREENS, Kind
 from hardener.defenses.configs import CONFIGS
 from hardener.problems import Problem, nearest
 from hardener.recipe import ROLES, Data, Recipe, Role, Source, Train, Use
@@ -17,11 +17,19 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "causal-lm": (("prompt", "completion"), ("text",), ("messages",)),
     "sequence-classification": (("text", "text_pair", "label"), ("text", "label")),
     "image-classification": (("image", "label"),),
+    "unconditional-diffusion": (("image",),),
+}
+KINDS: dict[str, Kind] = {
+    "causal-lm": "language",
+    "sequence-classification": "classifier",
+    "image-classification": "classifier",
+    "unconditional-diffusion": "diffusion",
 }
 SCORES: dict[str, tuple[str, ...]] = {
     "causal-lm": ("exact-match", "likelihood-gain", "likelihood", "judged"),
     "sequence-classification": ("accuracy",),
     "image-classification": ("accuracy",),
+    "unconditional-diffusion": ("denoising",),
 }
 # What each role is for; `defence` counts only where the recipe hardens.
 NEEDED_USES: dict[Role, tuple[Use, ...]] = {
@@ -116,6 +124,8 @@ def _erase(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("data", "alignment"), "erase.unlearn needs this role")
     if erase.parent_tokens and recipe.task == "image-classification":
         yield Problem(("erase", "parent_tokens"), "images have no tokens")
+    if recipe.task == "unconditional-diffusion":
+        yield Problem(("erase",), "what is distilled are the answers of classifiers and language models")
     if recipe.adapter != "none" and not recipe.defense:
         yield Problem(("adapter",), "erasing changes the weights themselves; an adapter needs a section `defense`")
 
@@ -133,6 +143,8 @@ def _defence(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("train",), "training needs a section `defense`; leave both out to probe only")
     if recipe.train:
         yield from _warm_up("train", recipe.train)
+    if recipe.train and recipe.train.checkpointing and recipe.task == "unconditional-diffusion":
+        yield Problem(("train", "checkpointing"), "is for models of transformers")
     if not recipe.defense or recipe.defense.name not in CONFIGS:
         return
     name, config = recipe.defense.name, CONFIGS[recipe.defense.name]
@@ -148,8 +160,17 @@ def _defence(recipe: Recipe) -> Iterator[Problem]:
     if recipe.train and settings.get("order") == "second" and recipe.train.dtype != "float32":
         text = "the second order is a difference of gradients, which bfloat16 rounds away; set float32"
         yield Problem(("train", "dtype"), text)
+    if "suppression" in settings and (settings["suppression"] == "dos") != (recipe.task == "unconditional-diffusion"):
+        text = "`dos` is the one suppression loss of diffusion models, and is for nothing else"
+        yield Problem(("defense", "suppression"), text)
     if settings.get("inner_adapter", "none") != "none" and recipe.adapter != "none":
         yield Problem(("defense", "inner_adapter"), "an adapter is simulated on all weights: it needs `adapter: none`")
+    if (
+        isinstance(settings.get("subspaces"), list | tuple)
+        and "lora" in settings["subspaces"]
+        and recipe.adapter != "none"
+    ):
+        yield Problem(("defense", "subspaces"), "a LoRA is simulated on all weights: it needs `adapter: none`")
 
 
 def _probe(recipe: Recipe) -> Iterator[Problem]:
@@ -196,7 +217,7 @@ def _rates(recipe: Recipe, known: set[str]) -> Iterator[Problem]:
             continue
         elif (family := registry.find("attacks", name)).doses:
             yield Problem(place, f"{name} does not train, so it has no learning rates")
-        elif family.generative != (recipe.task == "causal-lm"):
+        elif not family.suits(KINDS[recipe.task]):
             yield Problem(place, f"{name} does not attack {recipe.task}")
 
 
@@ -222,7 +243,7 @@ def _fits(family: str, recipe: Recipe) -> bool:
     """Whether an attack family is one for the task and of the preset, as far as both are hardener's own."""
     if family not in registry.BUILT_IN["attacks"] or recipe.task not in FIELDS:
         return True
-    generative = recipe.task == "causal-lm"
-    same_kind = registry.find("attacks", family).generative == generative
+    kind = KINDS[recipe.task]
     short = SCREENS.get(recipe.probe.preset)
-    return same_kind and (short is None or family in short[generative])
+    suits: bool = registry.find("attacks", family).suits(kind)
+    return suits and (short is None or family in short[kind])

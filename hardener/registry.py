@@ -16,10 +16,12 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "causal-lm": "hardener.tasks.causal_lm:CausalLM",
         "sequence-classification": "hardener.tasks.sequence_classification:SequenceClassification",
         "image-classification": "hardener.tasks.image_classification:ImageClassification",
+        "unconditional-diffusion": "hardener.tasks.diffusion:UnconditionalDiffusion",
     },
     "defenses": {
         "ctrap": "hardener.defenses.ctrap:Ctrap",
         "ctrap-rollout": "hardener.defenses.ctrap_rollout:CtrapRollout",
+        "ctrap-adaptive": "hardener.defenses.ctrap_adaptive:CtrapAdaptive",
         "sophon": "hardener.defenses.sophon:Sophon",
     },
     "attacks": {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from hardener.defenses.settings import Settings
 from hardener.defenses.sophon_configs import SophonConfig
-from hardener.defenses.trap_configs import CtrapConfig, CtrapRolloutConfig
+from hardener.defenses.trap_configs import CtrapAdaptiveConfig, CtrapConfig, CtrapRolloutConfig
 
 CONFIGS: dict[str, type[Settings]] = {
     "ctrap": CtrapConfig,
     "ctrap-rollout": CtrapRolloutConfig,
+    "ctrap-adaptive": CtrapAdaptiveConfig,
     "sophon": SophonConfig,
 }

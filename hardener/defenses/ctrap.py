@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from hardener.defenses.population import Dice
 from hardener.defenses.trap_configs import CtrapConfig
 from hardener.errors import RecipeError
-from hardener.lookahead import NormalisedStep, simulated_attack
+from hardener.lookahead import NormalisedStep, Objective, simulated_attack
 from hardener.loop import Outer
 from hardener.losses import collapse, cross_entropy, probability
 from hardener.recipe import Role, Train
@@ -62,16 +64,28 @@ class Ctrap:
         radius = self.config.length(sum(p.numel() for p in outer.params))
         log: dict[str, float] = {}
         with simulated_attack(outer.model, lambda params: NormalisedStep(params, radius), same_noise=True) as there:
-            there.step(outer.gradient(cross_entropy, h, log, "harmful"))  # 1, 2  θ' = θ − α g/‖g‖
+            there.step(self.attack(outer, h, log))  # 1, 2  θ' = θ − α g/‖g‖
             there.keep(outer.gradient(collapse(self.token), r, log, "collapse", {"p(e) attacked": p}))  # 3  ∇C(θ')
             if self.config.order == "second":
-                there.differentiate(outer.gradient(cross_entropy, h, {}, "harmful"))
+                there.differentiate(self.attack(outer, h, {}))
         # 4  leaving the block restored θ bit for bit
         outer.gradient(cross_entropy, r, log, "retain", {"p(e)": p})()  # 5  ∇L(θ)
         log |= {"norm retain": outer.norm(), "norm collapse": there.norm()}
         there.add_kept(self.config.lam)
         log["clip"] = outer.step("outer", clip=self.train.clip)  # 6  clipped on the sum
         return log
+
+    def attack(self, outer: Outer, h: list[Example], log: dict[str, float]) -> Objective:
+        """g = ∇L(θ; h); as a control, a direction drawn from the seed and the number of the step instead."""
+        if self.config.direction == "gradient":
+            return outer.gradient(cross_entropy, h, log, "harmful")
+        dice = Dice.of(self.train.seed, outer.number)
+
+        def anywhere() -> None:
+            for p in outer.params:
+                p.grad = torch.randn(p.shape, generator=dice.generator).to(p)
+
+        return anywhere
 
 
 def answers(outer: Outer, n: int) -> list[Example]:

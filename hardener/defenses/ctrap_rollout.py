@@ -88,7 +88,7 @@ class CtrapRollout:
         """Σ_k w_k ∇C(θ_k; r) along K steps on restricted rows."""
         watched = {"p(e) attacked": probability(self.token)}
         with self.walk(outer, "restricted", attacker) as there:
-            for weight in self.weights(attacker.steps):
+            for weight in self.config.weights(attacker.steps):
                 h = outer.draw("restricted", self.train.batch_size)
                 there.step(outer.gradient(cross_entropy, h, log, "harmful"))
                 if weight:
@@ -108,12 +108,6 @@ class CtrapRollout:
         """The attacker of the outer step `number`: the same one in a run that was resumed."""
         dice = Dice.of(self.train.seed, number)
         return Drawn(dice.integer(*self.config.inner_steps), dice.rate(*self.config.inner_lr), dice.generator)
-
-    def weights(self, steps: int) -> list[float]:
-        """w₁ … w_K."""
-        if self.config.kept == "even":
-            return [1 / steps] * steps
-        return [0.0] * (steps - len(self.config.kept)) + list(self.config.kept)
 
     def walk(self, outer: Outer, role: Role, attacker: Drawn) -> AbstractContextManager[There]:
         """Where the attacker drawn goes with rows of `role`."""

@@ -71,7 +71,7 @@ def linear_weights(model: nn.Module, lora: Lora) -> list[nn.Parameter]:
     Raises RecipeError if there are none, or if the model is hardened through an adapter of its own.
     """
     if hasattr(model, "peft_config"):
-        raise RecipeError("defense.inner_adapter needs `adapter: none`: a simulated LoRA is added to trainable weights")
+        raise RecipeError("a simulated LoRA needs `adapter: none`: it is added to trainable weights")
     head = model.get_output_embeddings()  # type: ignore[operator]
     ends = None if lora.target_modules == "all-linear" else tuple(f".{end}" for end in lora.target_modules)
     chosen = [
@@ -81,5 +81,5 @@ def linear_weights(model: nn.Module, lora: Lora) -> list[nn.Parameter]:
     ]
     found = [weight for weight in chosen if isinstance(weight, nn.Parameter) and weight.requires_grad]
     if not found:
-        raise RecipeError(f"defense.inner_adapter.target_modules: no trainable linear layer is {lora.target_modules!r}")
+        raise RecipeError(f"target_modules of the simulated LoRA: no trainable linear layer is {lora.target_modules!r}")
     return found
