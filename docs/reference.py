@@ -12,6 +12,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -34,7 +35,7 @@ from hardener import (
     template,
     verdict,
 )
-from hardener.attacks.families import BENIGN, SCREENS, Family
+from hardener.attacks.families import BENIGN, SCREENS, Family, Kind
 from hardener.checks import scientific
 from hardener.defenses.configs import CONFIGS
 from hardener.recipe import (
@@ -54,6 +55,11 @@ from hardener.recipe import (
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "docs" / "example"
+KINDS: dict[Kind, str] = {
+    "language": "language models",
+    "classifier": "classifiers",
+    "diffusion": "diffusion models",
+}
 PRINTED = ("Outcome", "Plan", "Pushed")
 WRITTEN = "<!-- Written by `make docs`; change the code instead. -->"
 
@@ -193,7 +199,7 @@ def attacks() -> str:
     rows = []
     for name in registry.BUILT_IN["attacks"]:
         family: Family = registry.find("attacks", name)
-        screens = [preset for preset, short in SCREENS.items() if name in short[family.generative]]
+        screens = [preset for preset, short in SCREENS.items() if name in {*chain(*short.values())}]
         rows.append(family_row(family, screens))
     rows += [family_row(family, []) for family in BENIGN.values()]
     columns = ("Family", "What it is", "Attacks", "Trains", "Optimizer", "Tried at", "Also in")
@@ -203,7 +209,7 @@ def attacks() -> str:
             WRITTEN,
             escaped(inspect.getdoc(inspect.getmodule(Family)) or ""),
             table(columns, rows),
-            "The two rows `benign` are what an honest user does; they are no attacks and answer the third question.",
+            "The rows `benign` are what an honest user does; they are no attacks and answer the third question.",
             "## What no preset does yet",
             "\n".join(f"- {line}" for line in not_tried()),
         ]
@@ -216,7 +222,7 @@ def family_row(family: Family, presets: list[str]) -> tuple[str, ...]:
     return (
         f"`{family.name}`",
         family.title + (" (stands outside the verdict)" if family.needs_parent else ""),
-        "language models" if family.generative else "classifiers",
+        " and ".join(name for kind, name in KINDS.items() if family.suits(kind)),
         trains if family.head == "kept" else f"{trains}, fresh head",
         family.optimizer if family.trains else "–",
         tried_at(family),

@@ -136,11 +136,11 @@ class Bench:
 
         Raises RecipeError for an unknown family.
         """
-        generative, preset = self.task.generative, self.probe.preset
+        kind, preset = self.task.kind, self.probe.preset
         every = [registry.find("attacks", name) for name in registry.known("attacks")]
-        chosen = [family for family in every if family.generative == generative and not able.lacks(family)]
+        chosen = [family for family in every if family.suits(kind) and not able.lacks(family)]
         if short := SCREENS.get(preset):
-            chosen = [family for family in chosen if family.name in short[generative]]
+            chosen = [family for family in chosen if family.name in short[kind]]
         chosen = [self._laddered(family) for family in chosen]
         if preset == "quick":  # the first family at two rates, the others at one
             last = [f.rates[-2:] if i == 0 else f.rates[-2:-1] or f.rates for i, f in enumerate(chosen)]

@@ -65,7 +65,7 @@ def _model(report: Report, release: Path, data: list[str]) -> dict[str, Any]:
 
 def _weights(release: Path) -> list[dict[str, Any]]:
     """Each weight file by its name; tools that look at the model alone find the same hashes there."""
-    if not any(release.glob("*.safetensors")):
+    if not any(release.rglob("*.safetensors")):
         return []
     paths = checkpoint.weight_files(release)
     return [{"type": "file", "name": path.name, "hashes": _hashes(files.sha256(path))} for path in paths]

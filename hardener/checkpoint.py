@@ -151,7 +151,7 @@ class _Tensors:
 
     def __init__(self, folder: Path) -> None:
         self._where: dict[str, Path] = {}
-        for shard in weight_files(folder):
+        for shard in sorted(folder.glob("*.safetensors")):
             with safe_open(shard, framework="pt") as tensors:
                 self._where |= dict.fromkeys(tensors.keys(), shard)
 

@@ -104,7 +104,7 @@ def open_streams(recipe: Recipe, task: Task, label2id: dict[str, int]) -> Stream
             refusals = {row["completion"] for _, rows in loaded for row in rows if "completion" in row}
         parts += [encoded(role, source, rows, index, task) for source, rows in loaded]
     kin = kin_of(parts)
-    divider = Divider(recipe.data, kin, generative=task.generative)
+    divider = Divider(recipe.data, kin, labelled=task.kind == "classifier")
     divided = [divider.divide(part) for part in parts]
     known = tuple(sorted(refusals)) if len(refusals) <= 20 else ()
     slices = tuple(s for made, _ in divided for s in made)
@@ -183,16 +183,16 @@ def labels_of(role: str, rows: Sequence[dict[str, Any]], label2id: dict[str, int
 class Divider:
     """Decides the use of every input, once, and keeps the uses disjoint; `kin`: key → name of its near-duplicates."""
 
-    def __init__(self, data: Data, kin: Mapping[str, str], *, generative: bool) -> None:
+    def __init__(self, data: Data, kin: Mapping[str, str], *, labelled: bool) -> None:
         self._data = data
         self._kin = kin
         self._use: dict[str, tuple[Use, tuple[Any, ...]]] = {}
         self._met: set[str] = set()
         self._restricted: set[str] = set()
         # What a classifier must not learn is in the labels: the same pictures may show a harmless task as well. A
-        # language model's restricted skill is in the prompts, and to keep or teach an answer to them is to undo the
+        # restricted skill without labels is in the inputs, and to keep or teach an answer to them is to undo the
         # defence, and to measure it by what it was to prevent.
-        self._clean: tuple[Role, ...] = ("retain", "benign") if generative else ()
+        self._clean: tuple[Role, ...] = () if labelled else ("retain", "benign")
 
     def divide(self, part: Loaded) -> tuple[list[Slice], list[DataRecord]]:
         """Cut one source into its uses.

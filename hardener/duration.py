@@ -33,7 +33,7 @@ from hardener.metadata import ModelRef
 from hardener.recipe import ROLES, Data, Recipe, Source, Train
 
 if TYPE_CHECKING:
-    from hardener.attacks.families import Family
+    from hardener.attacks.families import Family, Kind
     from hardener.measurement import Subject
 
 TRAINED = 3
@@ -149,22 +149,21 @@ def attacks(recipe: Recipe) -> dict[Subject, list[int]]:
     chosen = bench.families(Able(*[True] * len(fields(Able))))
     chosen = tuple(f for f in chosen if probe.families is None or f.name in probe.families)
     longer = tuple(replace(f, steps=max(probe.steps, min(LONGER * probe.steps, probe.max_steps))) for f in chosen)
-    named = probe.rates.get("benign", _benign(task.generative))
+    named = probe.rates.get("benign", _benign(task.kind))
     benign = [probe.benign_steps] * len(named) * len(recipe.data.benign or ())
     planned: dict[Subject, list[int]] = {
         "original": lengths(recipe, [f for f in chosen if not f.needs_parent]) + benign,
         "hardened": lengths(recipe, longer) + benign,
     }
     if not task.generative:
-        fresh = [f for f in chosen if f.head == "fresh" and f.scope == "all" and f.edit is None]
-        planned["scratch"] = lengths(recipe, fresh)
+        planned["scratch"] = lengths(recipe, [f for f in chosen if f.can_begin_anew])
     return planned
 
 
-def _benign(generative: bool) -> tuple[float, ...]:
+def _benign(kind: Kind) -> tuple[float, ...]:
     from hardener.attacks.families import BENIGN
 
-    return BENIGN[generative].rates
+    return BENIGN[kind].rates
 
 
 def lengths(recipe: Recipe, chosen: Sequence[Family]) -> list[int]:

@@ -247,7 +247,7 @@ def _attack(model: nn.Module, task: Task, rows: Sequence[Example]) -> Objective:
 
     def backward() -> None:
         device = next(model.parameters()).device
-        torch.autograd.backward(cross_entropy(*task.targets(model, task.collate(rows).to(device))))
+        torch.autograd.backward(task.loss(*task.targets(model, task.collate(rows).to(device))))
 
     return backward
 
@@ -291,13 +291,18 @@ def held_back(streams: Streams) -> tuple[list[Example], Streams]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, task: Task, rows: Sequence[Example]) -> float:
-    """Cross-entropy per target in nats; the model stays in the mode it was in."""
+    """The task's own loss per target (nats, or squared error of noise); the model stays in the mode it was in.
+
+    What a task draws at random is drawn alike each time.
+    """
     training, device = model.training, next(model.parameters()).device
     model.eval()
     total = 0.0
-    for _, batch in task.batches(rows):
-        logits, labels = task.targets(model, batch.to(device))
-        total += float(cross_entropy(logits, labels)) * batch.targets
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _, batch in task.batches(rows):
+            logits, labels = task.targets(model, batch.to(device))
+            total += float(task.loss(logits, labels)) * batch.targets
     model.train(training)
     return total / sum(example.targets for example in rows)
 

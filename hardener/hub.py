@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hardener.client import check_id, client, explained, or_without_xet
 from hardener.errors import HubError, UnsupportedModelError, UsageError
-from hardener.metadata import INDEX, Folder, ModelRef, Remote, describe, headers, listing, release_files
+from hardener.metadata import INDEX, PIPELINE, Folder, ModelRef, Remote, describe, headers, listing, release_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -179,7 +179,9 @@ def _cached(model: str, revision: str | None) -> ModelRef:
         sizes = listing(folder)
     source = Folder(model, folder, sizes)
     try:
-        _require(folder, {name: sizes[name] for name in ("config.json", INDEX) if name in sizes}, model, commit)
+        _require(
+            folder, {name: sizes[name] for name in ("config.json", INDEX, PIPELINE) if name in sizes}, model, commit
+        )
         _require(folder, release_files(source), model, commit)
         return describe(source, commit=commit)
     except UnsupportedModelError as error:

@@ -133,9 +133,11 @@ class Judge:
         return judges.refusals(bench.refusal_judge, [answer.text for answer in said])
 
     def _beside(self, model: nn.Module) -> dict[str, float]:
-        """Mean score of each further restricted source."""
-        task = self.bench.task
-        return {f"{s.name}|{s.score}": mean(task.score(model, s.examples, s.score)) for s in self.bench.beside}
+        """Mean score of each further restricted source, and what the task measures on all judged rows together."""
+        task, judged = self.bench.task, self.bench.judged
+        scores = {f"{s.name}|{s.score}": mean(task.score(model, s.examples, s.score)) for s in self.bench.beside}
+        whole = {f"{judged.name}|{name}": value for name, value in task.beside(model, judged.examples).items()}
+        return scores | whole
 
     def _answers(self, model: nn.Module, rows: Sequence[Example], scores: Sequence[float]) -> dict[str, float]:
         """Shares of usable, refused and other answers, by greedy decoding; language models with exact answers only.

@@ -111,11 +111,20 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     return F.kl_div(said, told, reduction="batchmean", log_target=True) * temperature**2
 
 
+def denial_of_service(predicted: Tensor, true: Tensor) -> Tensor:
+    """SOPHON's DoS for diffusion: mean ‖ε̂‖²/D over (N, D), arXiv 2404.12699; the true noise is not used.
+
+    Lower is better for the defender: 0 when no noise is found, so that nothing is taken away. Gradient 2ε̂/ND.
+    """
+    return predicted.square().mean()
+
+
 SUPPRESSION: dict[str, Loss] = {
     "ice": inverse_cross_entropy,
     "ice-negated-logits": negated_logits,
     "klu": kl_from_uniform,
     "token-ice": token_inverse_cross_entropy,
     "negative-entropy": negative_entropy,
+    "dos": denial_of_service,
 }
 """SOPHON's suppression losses by their recipe name."""

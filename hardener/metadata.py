@@ -32,10 +32,18 @@ Header = dict[str, tuple[str, int]]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PIPELINE = "model_index.json"
+"""What makes a folder a pipeline of the library diffusers; the model that is hardened is its denoiser."""
+DENOISER = "unet/diffusion_pytorch_model.safetensors"
+DENOISER_CONFIG = "unet/config.json"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+PARTS = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+"""All that a pipeline may consist of: part → library and class."""
 QUANTIZED = "quantization_config"
 KEPT = (
     *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes", "vocab.bpe"),
     *("additional_chat_templates/*.jinja", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *(DENOISER_CONFIG, SCHEDULER_CONFIG),
 )
 """What belongs to a release besides the weights, as patterns of whole paths."""
 LEFT = ("*.index.json", "*_results.json", "trainer_state.json")
@@ -78,6 +86,11 @@ class ModelRef:
     """YAML front matter of README.md; empty where there is none."""
     gated: str | bool
     private: bool
+
+    @property
+    def architecture(self) -> str:
+        """The class of the model; "?" where its config names none."""
+        return str((self.config.get("architectures") or [self.config.get("_class_name", "?")])[0])
 
     @property
     def license(self) -> dict[str, Any]:
@@ -190,7 +203,10 @@ def describe(
 
 
 def weight_files(source: Source) -> list[str]:
-    """The safetensors files that make up the model, in the order in which transformers looks for them."""
+    """The safetensors files that make up the model, in the order in which transformers looks for them.
+
+    Of a pipeline, the one file of its denoiser.
+    """
     if "adapter_config.json" in source.sizes:
         raise UnsupportedModelError(
             f"{source.id} holds an adapter (adapter_config.json); merge it into its base model "
@@ -200,16 +216,36 @@ def weight_files(source: Source) -> list[str]:
         return [WEIGHTS]
     if INDEX in source.sizes:
         return _shards(source)
-    if "model_index.json" in source.sizes:
-        raise UnsupportedModelError(f"{source.id} is a pipeline of several models; harden one of them at a time")
+    wanted = WEIGHTS
+    if PIPELINE in source.sizes:
+        check_pipeline(source)
+        wanted = DENOISER
+    if wanted in source.sizes:
+        return [wanted]
     found = sorted({suffix for name in source.sizes if (suffix := Path(name).suffix) in OTHER_FORMATS})
     if not found:
-        raise UnsupportedModelError(f"{source.id} has no weights: neither {WEIGHTS} nor {INDEX} nor any other format")
+        raise UnsupportedModelError(f"{source.id} has no weights: neither {wanted} nor {INDEX} nor any other format")
     kinds = ", ".join(dict.fromkeys(OTHER_FORMATS[suffix] for suffix in found))
     raise UnsupportedModelError(
-        f"{source.id} has no {WEIGHTS}; its weights are {kinds}. Only safetensors are loaded: convert the "
-        "model on a machine you trust (transformers, save_pretrained), or choose an original in safetensors"
+        f"{source.id} has no {wanted}; its weights are {kinds}. Only safetensors are loaded: convert the "
+        "model on a machine you trust (transformers or diffusers, save_pretrained), or choose an original in "
+        "safetensors"
     )
+
+
+def check_pipeline(source: Source) -> None:
+    """Raise UnsupportedModelError unless the pipeline is one denoiser without conditions and its noise schedule.
+
+    Classes are known names of diffusers: a pipeline that names others would run code that came with it.
+    """
+    index = _json(source, PIPELINE)
+    parts = {name: part for name, part in index.items() if not name.startswith("_")}
+    if index.get("_class_name") != "DDPMPipeline" or parts != PARTS:
+        named = ", ".join(f"{name}: {part}" for name, part in sorted(parts.items()))
+        raise UnsupportedModelError(
+            f"{source.id} is a {index.get('_class_name')} of {named}; of pipelines, hardener takes a DDPMPipeline of "
+            "diffusers' own UNet2DModel and DDPMScheduler"
+        )
 
 
 def _shards(source: Source) -> list[str]:
@@ -230,7 +266,7 @@ def headers(source: Source) -> Header:
     weights = weight_files(source)
     with ThreadPoolExecutor(max_workers=8) as pool:
         per_file = dict(zip(weights, pool.map(source.header, weights), strict=True))
-    if weights != [WEIGHTS]:
+    if weights[0] not in (WEIGHTS, DENOISER):
         index = _json(source, INDEX)["weight_map"]
         absent = [tensor for tensor, name in index.items() if tensor not in per_file[name]]
         if absent:
@@ -242,16 +278,19 @@ def headers(source: Source) -> Header:
 
 
 def _config(source: Source) -> dict[str, Any]:
-    if "config.json" not in source.sizes:
-        raise UnsupportedModelError(f"{source.id} has no config.json, so its architecture is unknown")
-    config = _json(source, "config.json")
+    name = DENOISER_CONFIG if weight_files(source) == [DENOISER] else "config.json"
+    if name not in source.sizes:
+        raise UnsupportedModelError(f"{source.id} has no {name}, so its architecture is unknown")
+    config = _json(source, name)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     if quantized := next((part[QUANTIZED] for part in parts if part.get(QUANTIZED)), None):
         method = quantized.get("quant_method", "bitsandbytes") if isinstance(quantized, dict) else quantized
         raise UnsupportedModelError(
             f"{source.id} is quantized ({method}); harden the full-precision original and quantize the result"
         )
-    if not config.get("model_type"):
+    if name == DENOISER_CONFIG and SCHEDULER_CONFIG not in source.sizes:
+        raise UnsupportedModelError(f"{source.id} has no {SCHEDULER_CONFIG}, so its noise schedule is unknown")
+    if name == "config.json" and not config.get("model_type"):
         raise UnsupportedModelError(
             f"{source.id}: config.json names no model_type, so only its own code could load it; "
             "hardener never runs code from a model repository"
@@ -282,7 +321,7 @@ def _dtype(source: Source, header: Header) -> str:
 def release_files(source: Source) -> dict[str, int]:
     """What a release needs, path → bytes: the weights in use, and what transformers or a licence asks for."""
     weights = weight_files(source)
-    index = [] if weights == [WEIGHTS] else [INDEX]
+    index = [] if weights[0] in (WEIGHTS, DENOISER) else [INDEX]
     others = [name for name in source.sizes if _matches(name, KEPT) and not _matches(name, LEFT)]
     return {name: source.sizes[name] for name in sorted({*weights, *index, *others})}
 

@@ -247,7 +247,7 @@ class Prober:
 
     def _benign_runs(self) -> Iterator[Run]:
         """What an honest user does with the subject, for each benign task."""
-        probe, family = self.bench.probe, BENIGN[self.bench.task.generative]
+        probe, family = self.bench.probe, BENIGN[self.bench.task.kind]
         for judged in self.bench.benign:
             scene, setting = self._scene("benign", self._rows_of(judged)), f"{judged.name}|{judged.score}"
             for rate in self._benign_rates():
@@ -266,7 +266,7 @@ class Prober:
         """The benign ladder; empty where there is nothing that a user would start from."""
         if self.subject == "scratch":
             return ()
-        return self.bench.probe.rates.get("benign", BENIGN[self.bench.task.generative].rates)
+        return self.bench.probe.rates.get("benign", BENIGN[self.bench.task.kind].rates)
 
     def _kept(self, attack: Attack, title: str, make: Callable[[], Run]) -> Run:
         """Take the finished run from the store, or make it and keep it."""

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hardener.attacks.attack import checkpoints
-from hardener.attacks.training import inputs
 from hardener.bench import Bench
 from hardener.judging import Judge
 from hardener.measurement import Subject
@@ -30,8 +30,8 @@ class Pace:
     def measured(model: nn.Module, bench: Bench, judge: Judge) -> Pace:
         """Time one batch forward and backward, and one judging; the weights stay as they are."""
         rows = bench.streams.rows("restricted", "attack")[: bench.probe.batch_size]
-        batch = {name: value.to(bench.device) for name, value in inputs(bench.task, rows).items()}
-        step = _seconds(lambda: model(**batch).logits.float().logsumexp(-1).mean().backward())
+        batch = bench.task.collate(rows).to(torch.device(bench.device))
+        step = _seconds(lambda: torch.autograd.backward(bench.task.loss(*bench.task.targets(model, batch))))
         model.zero_grad(set_to_none=True)
         views = [bench.judged.examples]
         return Pace(step, _seconds(lambda: judge.attack(model, 1, False, views=views)) + _gating(model, bench, judge))

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hardener.tasks.base import Batch, Example, Task
 
 
@@ -18,7 +20,9 @@ def put(task: Task, folder: Path, rows: Sequence[Example]) -> tuple[str, ...]:
     """Each row as `folder` itself would put it, hashed; `task` has encoded it. (rows,)"""
     own = type(task)(folder, template=task.template, max_length=task.max_length)
     encoded = [own.encode(_row(task, row)) for row in rows]
-    return tuple("left out" if one is None else _digest(own.collate([one])) for one in encoded)
+    with torch.random.fork_rng():  # a task may draw noise: the same for each folder
+        torch.manual_seed(0)
+        return tuple("left out" if one is None else _digest(own.collate([one])) for one in encoded)
 
 
 def _row(task: Task, example: Example) -> dict[str, Any]:

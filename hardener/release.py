@@ -93,7 +93,7 @@ def parent_of(ref: hub.ModelRef, folder: Path) -> Parent:
         gated=ref.gated,
         parameters=ref.parameters,
         dtype=ref.dtype,
-        architecture=(ref.config.get("architectures") or ["?"])[0],
+        architecture=ref.architecture,
         local=ref.folder is not None,
     )
 

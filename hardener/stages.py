@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import hardener
-from hardener import checkpoint, data, erase, evidence, files, loop, registry, sources
+from hardener import checkpoint, data, erase, evidence, files, loop, metadata, registry, sources
 from hardener.attacks.families import SCREENS, Family
 from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.checks import BUDGET_FACTOR, NO_ATTACK
@@ -78,7 +78,9 @@ def check_model(recipe: Recipe, task: Task, folder: Path) -> None:
 
 
 def label2id(folder: Path) -> dict[str, int]:
-    """The classes of the checkpoint's head."""
+    """The classes of the checkpoint's head; none of a pipeline."""
+    if (folder / metadata.PIPELINE).is_file():
+        return {}
     from transformers import AutoConfig
 
     return dict(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).label2id)
@@ -128,7 +130,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
-        **{name: version(name) for name in ("lm-eval", "trl") if find_spec(name.replace("-", "_"))},
+        **{name: version(name) for name in ("diffusers", "lm-eval", "trl") if find_spec(name.replace("-", "_"))},
     }
 
 
@@ -157,7 +159,7 @@ def before(
     weights = checkpoint.fingerprint(folder)
     families = wanted(chosen, bench)
     if subject == "scratch":
-        families = tuple(f for f in families if f.head == "fresh" and f.scope == "all" and f.edit is None)
+        families = tuple(f for f in families if f.can_begin_anew)
     path = cache_path(weights, bench, families, subject)
     if path.is_file():
         say.note(f"{subject}: measured earlier, taken from the cache")
@@ -323,7 +325,7 @@ def left_out(bench: Bench, chosen: tuple[Family, ...]) -> Iterator[str]:
     names = {family.name for family in wanted(chosen, bench)}
     for name in registry.BUILT_IN["attacks"]:
         family: Family = registry.find("attacks", name)
-        if family.generative == bench.task.generative and name not in names:
+        if family.suits(bench.task.kind) and name not in names:
             yield family.title
 
 

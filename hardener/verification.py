@@ -124,7 +124,7 @@ def _sums(folder: Path) -> list[str]:
 def _report(folder: Path, report: Report) -> list[str]:
     from hardener import checkpoint
 
-    if report.training is None and not any(folder.glob("*.safetensors")):
+    if report.training is None and not any(folder.rglob("*.safetensors")):
         return []  # the folder of a probe holds evidence only
     found = checkpoint.fingerprint(folder)
     if found != report.weights:

@@ -136,7 +136,7 @@ def divided(texts, chosen, seed):
         source = Source(dataset=f"org/{number}", uses=tuple(uses))
         parts.append(Loaded(role, source, "exact-match", examples, own, 0))
     data = Data(restricted=Source(dataset="org/x"), retain=Source(dataset="org/y"), overlap="drop", seed=seed)
-    divider = Divider(data, kin_of(parts), generative=True)
+    divider = Divider(data, kin_of(parts), labelled=False)
     return parts, [divider.divide(part) for part in parts]
 
 

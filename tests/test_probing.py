@@ -69,9 +69,9 @@ def names(bench, **known):
     return {f.name for f in chosen_of(bench, **known)}
 
 
-def table_of(generative):
+def table_of(kind):
     """Every family of the table for one kind of model."""
-    return {f.name for f in vars(table).values() if isinstance(f, table.Family) and f.generative == generative}
+    return {f.name for f in vars(table).values() if isinstance(f, table.Family) and f.suits(kind)}
 
 
 # Families
@@ -79,8 +79,8 @@ def table_of(generative):
 
 def test_each_kind_of_model_has_its_families(bench, images):
     for preset in ("standard", "thorough"):
-        assert names(with_probe(bench, preset=preset)) == table_of(generative=True)
-        assert names(with_probe(images, preset=preset)) == table_of(generative=False)
+        assert names(with_probe(bench, preset=preset)) == table_of("language")
+        assert names(with_probe(images, preset=preset)) == table_of("classifier")
 
 
 def test_who_follows_another_family_comes_after_it(bench, images):
@@ -101,7 +101,7 @@ def test_a_family_that_the_model_cannot_have_is_left_out(bench, images):
 def test_quick_is_four_runs(bench, images):
     for one in (bench, images):
         chosen = chosen_of(with_probe(one, preset="quick", rates={}))
-        assert {f.name for f in chosen} == set(table.SCREENS["quick"][one.task.generative])
+        assert {f.name for f in chosen} == set(table.SCREENS["quick"][one.task.kind])
         assert sum(len(f.rates) + bool(f.follows) for f in chosen if f.trains) == 4
 
 

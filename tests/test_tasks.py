@@ -19,6 +19,14 @@ from hardener.tasks.image_classification import ImageClassification
 from hardener.tasks.sequence_classification import SequenceClassification
 
 
+MAKERS = {
+    "causal-lm": tiny.letters,
+    "sequence-classification": tiny.bert,
+    "image-classification": tiny.resnet,
+    "unconditional-diffusion": tiny.ddpm,
+}
+
+
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory) -> CausalLM:
     folder = tiny.letters(tmp_path_factory.mktemp("lm"))
@@ -193,8 +201,7 @@ def writing(name: str, text: str) -> Callable[[Path], object]:
     ],
 )
 def test_a_model_whose_files_are_absent_damaged_or_of_another_is_refused(tmp_path, name, change, match):
-    makers = {"causal-lm": tiny.letters, "sequence-classification": tiny.bert, "image-classification": tiny.resnet}
-    folder = makers[name](tmp_path)
+    folder = MAKERS[name](tmp_path)
     change(folder)
     with quiet(), pytest.raises(UnsupportedModelError, match=match):
         registry.find("tasks", name)(folder, template="{prompt}\n", max_length=64).load(folder)
@@ -202,8 +209,7 @@ def test_a_model_whose_files_are_absent_damaged_or_of_another_is_refused(tmp_pat
 
 @pytest.mark.parametrize("name", registry.BUILT_IN["tasks"])
 def test_a_model_is_checked_without_reading_its_weights(tmp_path, name):
-    makers = {"causal-lm": tiny.letters, "sequence-classification": tiny.bert, "image-classification": tiny.resnet}
-    folder = makers[name](tmp_path)
+    folder = MAKERS[name](tmp_path)
     model = registry.find("tasks", name)(folder, template="", max_length=64).load(folder, device_map="meta")
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
@@ -228,6 +234,13 @@ def test_a_model_of_the_wrong_kind_is_refused_from_its_config_alone(task, config
 @pytest.mark.parametrize("name", registry.BUILT_IN["tasks"])
 def test_recipes_and_tasks_agree_on_field_names(name):
     assert contradictions.FIELDS[name] == registry.find("tasks", name).fields
+
+
+@pytest.mark.parametrize("name", registry.BUILT_IN["tasks"])
+def test_recipes_and_tasks_agree_on_kinds_and_scores(name):
+    task = registry.find("tasks", name)
+    assert contradictions.KINDS[name] == task.kind
+    assert task.default_score in contradictions.SCORES[name]
 
 
 def test_dropout_is_off(tmp_path):

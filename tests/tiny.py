@@ -60,6 +60,25 @@ def bert(folder: Path, labels: int = 3, seed: int = 0) -> Path:
     return saved(BertForSequenceClassification(config), tokenizer, folder)
 
 
+def ddpm(folder: Path, seed: int = 0) -> Path:
+    """A DDPM pipeline whose denoiser has a few thousand parameters and a level of attention, over 8 × 8 RGB images."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(seed)
+    denoiser = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+    )
+    DDPMPipeline(denoiser, DDPMScheduler(num_train_timesteps=100)).save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
 def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

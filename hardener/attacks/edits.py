@@ -52,7 +52,7 @@ def healed(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
         batch = scene.task.collate([scene.benign[i] for i in drawn]).to(next(model.parameters()).device)
         logits, labels = scene.task.targets(model, batch)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(scene.task.loss(logits, labels))
         optimizer.step()
     model.zero_grad(set_to_none=True)
 

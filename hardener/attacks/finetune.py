@@ -77,7 +77,7 @@ def _trainer(model: nn.Module, scene: Scene, attack: Attack, rows: Sequence[Exam
         from hardener.attacks.preference import preference_trainer
 
         return preference_trainer(model, scene, attack, rows, nowhere)
-    kind = TRAINERS[attack.family.objective]
+    kind = TRAINERS[scene.task.kind, attack.family.objective]
     return kind(
         model=model,
         args=arguments(attack, nowhere, scene.device),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hardener.attacks.attack import Attack
+from hardener.attacks.families import Kind, Objective
 from hardener.attacks.mixture import Row
 from hardener.attacks.relative import RelativeStep
 from hardener.tasks.base import Example, Task
@@ -99,6 +100,15 @@ class Answers(Trainer):  # type: ignore[misc]
         return inputs(task, [example for _, example in rows])
 
 
+class Denoising(Answers):
+    """The squared error of the predicted noise, as the training script of diffusers has it; a denoiser has no loss."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        """Mean over the batch; 1 for a model that predicts zero."""
+        noise = inputs.pop("labels")
+        return F.mse_loss(model(**inputs).sample.flatten(1), noise)
+
+
 class BenignLoss(Trainer):  # type: ignore[misc]
     """L_harm + L_benign: general ability has its own term, whatever the number of tokens (the sidestep)."""
 
@@ -132,7 +142,13 @@ class KeptClose(BenignLoss):
         return F.kl_div(*both, log_target=True, reduction="batchmean")
 
 
-TRAINERS: dict[str, Any] = {"answers": Answers, "benign-loss": BenignLoss, "kl": KeptClose}
+TRAINERS: dict[tuple[Kind, Objective], Any] = {
+    ("language", "answers"): Answers,
+    ("language", "benign-loss"): BenignLoss,
+    ("language", "kl"): KeptClose,
+    ("classifier", "answers"): Answers,
+    ("diffusion", "answers"): Denoising,
+}
 
 
 def inputs(task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from hardener.defenses.sophon_configs import SophonConfig
 from hardener.errors import RecipeError
 from hardener.lookahead import Objective, There, simulated_attack
 from hardener.loop import Outer
-from hardener.losses import SUPPRESSION, cross_entropy
+from hardener.losses import SUPPRESSION
 from hardener.recipe import Role, Train
 from hardener.tasks.base import Task
 
@@ -81,7 +81,7 @@ class Sophon:
             there.add_kept()
             outer.step("suppress", clip=self.config.suppression_clip)
         for _ in range(self.config.reinforcement_steps):
-            outer.gradient(cross_entropy, outer.draw("retain", self.train.batch_size), log, "retain")()
+            outer.gradient(self.task.loss, outer.draw("retain", self.train.batch_size), log, "retain")()
             outer.step("reinforce", clip=self.train.clip)
         return log
 
@@ -91,7 +91,7 @@ class Sophon:
         with simulated_attack(outer.model, self.attacker) as there:
             for _ in range(k):
                 support = outer.draw("restricted", self.config.inner_batch)
-                there.step(outer.gradient(cross_entropy, support, log, "attack"))
+                there.step(outer.gradient(self.task.loss, support, log, "attack"))
                 there.keep(self.suppressing(outer, log), 1 / k)
             if k == 0:
                 there.keep(self.suppressing(outer, log))

@@ -10,7 +10,7 @@ from pydantic import Field
 from hardener.defenses.settings import Settings
 from hardener.recipe import Paper
 
-Suppression = Literal["ice", "ice-negated-logits", "klu", "token-ice", "negative-entropy"]
+Suppression = Literal["ice", "ice-negated-logits", "klu", "token-ice", "negative-entropy", "dos"]
 
 
 class Guarded(Settings):
@@ -47,12 +47,16 @@ class SophonConfig(Guarded):
         title="SOPHON: Non-Fine-Tunable Learning to Restrain Task Transferability For Pre-trained Models",
         url="https://arxiv.org/abs/2404.12699",
     )
-    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "sequence-classification", "causal-lm")
+    tasks: ClassVar[tuple[str, ...]] = (
+        *("image-classification", "sequence-classification", "causal-lm"),
+        "unconditional-diffusion",
+    )
 
     suppression: Suppression = Field(
         "klu",
         description="suppression loss; `ice-negated-logits` is what the authors' code computes in place of ICE, "
-        "`token-ice` is ICE without tokens that are forgotten already; klu and negative-entropy need no labels",
+        "`token-ice` is ICE without tokens that are forgotten already; klu and negative-entropy need no labels; `dos` "
+        "is for diffusion models, and they have no other",
     )
     alpha_lr: float = Field(
         3e-4, ge=0, description="α, learning rate of the suppression loop's own Adam; 0 is plain training on retain"

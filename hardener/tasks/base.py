@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hardener.attacks.families import Kind
 from hardener.errors import UnsupportedModelError, UsageError
 
 
@@ -30,7 +32,7 @@ class Example:
     """sha256 of the rendered model input (prompt text or decoded pixels); equal keys are the same input."""
     inputs: dict[str, Any]
     labels: Any
-    """Class index, or token ids with -100 where nothing is predicted."""
+    """Class index, or token ids with -100 where nothing is predicted; None where a row has no label."""
     targets: int
     """How many rows (N) it adds to logits and labels: its weight in a mean over a batch."""
 
@@ -53,6 +55,8 @@ class Task(ABC):
     """Base of all tasks."""
 
     name: ClassVar[str]
+    kind: ClassVar[Kind]
+    """By which attack families are chosen."""
     fields: ClassVar[tuple[tuple[str, ...], ...]]
     """Alternative sets of fields that a row may have; the first that the columns hold is taken, so longer ones stand
     before their parts."""
@@ -77,9 +81,9 @@ class Task(ABC):
         kinds: dict[str, str | tuple[str, ...]] = getattr(modeling_auto, cls.mapping)
         known = kinds.get(config.get("model_type", ""))
         if known is None:
+            kind = config.get("model_type") or config.get("_class_name")
             raise UnsupportedModelError(
-                f"a {config.get('model_type')!r} model cannot be loaded for the task {cls.name}; "
-                "choose a recipe whose task fits"
+                f"a {kind!r} model cannot be loaded for the task {cls.name}; choose a recipe whose task fits"
             )
         classes = (known,) if isinstance(known, str) else known
         named = config.get("architectures") or list(classes[:1])
@@ -104,11 +108,23 @@ class Task(ABC):
 
     @abstractmethod
     def targets(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return logits (N, C) and labels (N,)."""
+        """Return logits (N, C) and labels (N,); of a diffusion model, predicted and true noise, both (N, D)."""
 
     @abstractmethod
     def score(self, model: nn.Module, examples: Sequence[Example], score: str) -> list[float]:
         """Score each example, (rows,), in [0, 1] (`likelihood-gain`: answer NLL in nats per token)."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What ordinary training lowers, of what `targets` returns: cross-entropy, mean over N, in nats."""
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+    def beside(self, model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
+        """Further measures of a model on all these rows together, higher for more skill; reported, not judged."""
+        return {}
+
+    def strips(self, models: Sequence[nn.Module], examples: Sequence[Example]) -> list[Tensor]:
+        """Pictures of these rows and of what each model makes of them, (n, C, H, W) in −1…1; empty if it makes none."""
+        return []
 
     def load(self, folder: Path, **config: Any) -> nn.Module:
         """Load a checkpoint folder in float32 with dropout off: safetensors only, remote code never.

@@ -34,6 +34,7 @@ class CausalLM(Task):
     """A row is `prompt` + `completion`, or a plain `text`, or `messages` (first question and first answer)."""
 
     name = "causal-lm"
+    kind = "language"
     mapping = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     fields: ClassVar = (("prompt", "completion"), ("text",), ("messages",))
     default_score = "exact-match"

@@ -13,6 +13,7 @@ from hardener.tasks.base import Batch, Example, Task
 class Classification(Task):
     """One label per row; labels are indices into the head."""
 
+    kind = "classifier"
     default_score = "accuracy"
     generative = False
 
