@@ -118,8 +118,8 @@ def _erase(recipe: Recipe) -> Iterator[Problem]:
     yield from _warm_up("erase", erase)
     if (erase.modules == "located") != (erase.share is not None):
         yield Problem(("erase", "share"), "`modules: located` and a share go together")
-    if erase.relearn != "none" and erase.modules != "located":
-        yield Problem(("erase", "relearn"), "is for `modules: located`")
+    if (erase.modules == "located") != (erase.relearn != "none"):
+        yield Problem(("erase", "relearn"), "`modules: located` and a simulated attack go together")
     if erase.unlearn != "none" and not recipe.data.alignment:
         yield Problem(("data", "alignment"), "erase.unlearn needs this role")
     if erase.parent_tokens and recipe.task == "image-classification":

@@ -31,6 +31,7 @@ from torch.optim import AdamW, Optimizer
 from hardener import loop
 from hardener.data import Streams
 from hardener.errors import RecipeError
+from hardener.group import ALONE, Group
 from hardener.lookahead import Objective, simulated_attack
 from hardener.loop import LOGGED, Outer, Sampler
 from hardener.losses import cross_entropy, divergence
@@ -41,13 +42,20 @@ from hardener.tasks.base import Example, Task
 
 TITLE = "noise-then-distil"
 LOOKED_AT = 256
-"""Rows of a role by which weight matrices are located, and at most so many by which the student is judged."""
+"""Rows of a role by which parts are located, and at most so many by which the student is judged."""
 
 Tell = Callable[[int, dict[str, float]], None]
 
 
 def run(
-    erase: Erase, model: nn.Module, task: Task, streams: Streams, device: str, folder: Path, tell: Tell
+    erase: Erase,
+    model: nn.Module,
+    task: Task,
+    streams: Streams,
+    device: str,
+    folder: Path,
+    tell: Tell,
+    group: Group = ALONE,
 ) -> tuple[nn.Module, Erased]:
     """Erase in a copy of `model`, which becomes the teacher; returns the student and what was done.
 
@@ -58,14 +66,13 @@ def run(
     torch.use_deterministic_algorithms(erase.deterministic)
     teacher = model.to(device).eval()
     held, rest = held_back(streams)
-    ratios = carried(erase, teacher, task, rest) if erase.modules == "located" else {}
-    names = located(ratios, teacher, erase.share) if erase.share else noised(teacher, task, erase.modules)
+    names, gaps = group.told(chosen(erase, teacher, task, rest))
     if erase.unlearn != "none":
-        unlearn(erase, erase.unlearn, teacher, task, rest, device, States(folder / "unlearn"))
+        unlearn(erase, erase.unlearn, teacher, task, rest, device, States(folder / "unlearn"), group)
     student = copy.deepcopy(teacher)
     mix(student, fresh(task, erase.seed), names, erase.alpha, erase.beta)
     distil = Distillation(erase, teacher)
-    outer, log = distil.run(student, task, rest, held, device, States(folder / "distil"), tell)
+    outer, log = distil.run(student, task, rest, held, device, States(folder / "distil"), tell, group)
     student.eval()
     rows, tokens = cost(outer)
     return student, Erased(
@@ -73,7 +80,7 @@ def run(
         beta=erase.beta,
         parameters=tuple(names),
         share=size(student, names) / size(student),
-        located={name: ratios[name] for name in names if name in ratios},
+        located=gaps,
         unlearned=0 if erase.unlearn == "none" else erase.unlearn.steps,
         steps=int(log[-1]["step"]) if log else 0,
         planned=erase.steps,
@@ -103,6 +110,7 @@ class Distillation:
         device: str,
         states: States,
         tell: Tell,
+        group: Group = ALONE,
     ) -> tuple[Outer, list[dict[str, float]]]:
         """Distil in place until all steps are taken or the student is good enough; returns where it ended.
 
@@ -111,7 +119,7 @@ class Distillation:
         erase = self.erase
         if erase.checkpointing:
             student.gradient_checkpointing_enable()  # type: ignore[operator]
-        outer = Outer(student.train(), task, streams, self, erase, Accelerator(cpu=device == "cpu"))
+        outer = Outer(student.train(), task, streams, self, erase, Accelerator(cpu=device == "cpu"), group)
         goal = mean_loss(self.teacher, task, held)
         log: list[dict[str, float]] = []
         step = states.restore(outer, log)
@@ -121,7 +129,8 @@ class Distillation:
             outer.advance()
             tell(step, values)
             if step % erase.save_every == 0 or step == erase.steps:
-                log.append({"step": step, **values, "gap": mean_loss(student, task, held) - goal})
+                gap = group.told(mean_loss(student, task, held) - goal)  # one answer to when it is enough
+                log.append({"step": step, **values, "gap": gap})
                 states.save(outer, step, log)
         return outer, log
 
@@ -166,11 +175,18 @@ class Refusing:
 
 
 def unlearn(
-    erase: Erase, how: ShortTraining, model: nn.Module, task: Task, streams: Streams, device: str, states: States
+    erase: Erase,
+    how: ShortTraining,
+    model: nn.Module,
+    task: Task,
+    streams: Streams,
+    device: str,
+    states: States,
+    group: Group = ALONE,
 ) -> None:
     """Train in place on refusals and retain rows."""
     train = erase.model_copy(update={"steps": how.steps, "lr": how.lr, "warmup_steps": 0})
-    loop.run(Refusing(train), model, task, streams, train, device, states, lambda *_: None)
+    loop.run(Refusing(train), model, task, streams, train, device, states, lambda *_: None, group)
 
 
 @torch.no_grad()
@@ -186,6 +202,17 @@ def fresh(task: Task, seed: int) -> nn.Module:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return task.scratch(task.folder)
+
+
+def chosen(erase: Erase, model: nn.Module, task: Task, streams: Streams) -> tuple[list[str], dict[str, float]]:
+    """Names of the parameters to noise, and why: the parts located, with the nats by which they were."""
+    if erase.modules != "located":
+        return noised(model, task, erase.modules), {}
+    assert erase.share is not None  # these three go together
+    assert erase.relearn != "none"
+    gaps = carried(erase, erase.relearn, model, task, streams)
+    among = located(gaps, model, task, erase.share)
+    return [name for names in among.values() for name in names], {part: gaps[part] for part in among}
 
 
 def noised(model: nn.Module, task: Task, modules: str | Sequence[str]) -> list[str]:
@@ -219,27 +246,57 @@ def between(model: nn.Module, task: Task) -> list[str]:
     ]
 
 
-def carried(erase: Erase, model: nn.Module, task: Task, streams: Streams) -> dict[str, float]:
-    """Weight matrix between embeddings and head → mean |θ·∂L/∂θ| on restricted rows over the same on retain rows.
+def carried(erase: Erase, relearn: ShortTraining, model: nn.Module, task: Task, streams: Streams) -> dict[str, float]:
+    """Part of a block → nats per target that its removal costs the restricted task more than the retain task.
 
-    L is the cross-entropy of the rows' own answers. A classifier meets the restricted classes with a newly drawn head,
-    as its attacker does; with `erase.relearn` the attacker's steps are taken before the restricted gradient, and
-    undone. High where the matrix matters more to the restricted task.
+    Removed is a part by new weights in its place, one part at a time: from the model as it is for retain rows, and for
+    restricted rows after `relearn`, an attack that is undone, since an aligned model shows the capability only there. A
+    classifier meets the restricted classes with a newly drawn head, as its attacker does. High where the capability
+    lives and little else does. Gradients do not tell: they are small where a capability is complete.
     """
-    names = [name for name in between(model, task) if model.get_parameter(name).dim() > 1]
+    new, among = fresh(task, erase.seed), parts(model, task)
     sampler = Sampler(streams.rows("restricted", "defence"), erase.seed)
-    kept = saliency(model, task, Sampler(streams.rows("retain", "defence"), erase.seed).draw(LOOKED_AT), names)
+    general = Sampler(streams.rows("retain", "defence"), erase.seed).draw(LOOKED_AT)
+    kept = damage(model, new, among, task, general)
     with torch.random.fork_rng(), ExitStack() as stack:
         torch.manual_seed(erase.seed)
         if not task.generative:
             stack.enter_context(task.fresh_head(model, streams.classes["restricted"]))
-        if erase.relearn != "none":
-            lr = erase.relearn.lr
-            there = stack.enter_context(simulated_attack(model, lambda params: AdamW(params, lr=lr)))
-            for _ in range(erase.relearn.steps):
-                there.step(_attack(model, task, sampler.draw(erase.batch_size)))
-        restricted = saliency(model, task, sampler.draw(LOOKED_AT), names)
-    return {name: restricted[name] / kept[name] if kept[name] else math.inf for name in names}
+        there = stack.enter_context(simulated_attack(model, lambda params: AdamW(params, lr=relearn.lr)))
+        for _ in range(relearn.steps):
+            there.step(_attack(model, task, sampler.draw(erase.batch_size)))
+        restricted = damage(model, new, among, task, sampler.draw(LOOKED_AT))
+    return {part: restricted[part] - kept[part] for part in among}
+
+
+def parts(model: nn.Module, task: Task) -> dict[str, list[str]]:
+    """Part of a block, such as `layers.0.mlp`, → its parameters, for all that have a matrix.
+
+    A name is cut behind what follows its last number: the blocks of every architecture are numbered.
+    """
+    inside = between(model, task)
+    found: dict[str, list[str]] = {}
+    for name in inside:
+        pieces = name.split(".")
+        number = max((i for i, piece in enumerate(pieces) if piece.isdecimal()), default=len(pieces))
+        found.setdefault(".".join(pieces[: number + 2]), []).append(name)
+    return {part: names for part, names in found.items() if any(model.get_parameter(n).dim() > 1 for n in names)}
+
+
+@torch.no_grad()
+def damage(
+    model: nn.Module, new: nn.Module, among: dict[str, list[str]], task: Task, rows: Sequence[Example]
+) -> dict[str, float]:
+    """Part → nats per target that the loss on `rows` is higher with new weights in its place; then all is as it was."""
+    whole = mean_loss(model, task, rows)
+    found = {}
+    for part, names in among.items():
+        before = [model.get_parameter(name).detach().clone() for name in names]
+        mix(model, new, names, 1.0, 1.0)
+        found[part] = mean_loss(model, task, rows) - whole
+        for name, value in zip(names, before, strict=True):
+            model.get_parameter(name).copy_(value)
+    return found
 
 
 def _attack(model: nn.Module, task: Task, rows: Sequence[Example]) -> Objective:
@@ -252,27 +309,18 @@ def _attack(model: nn.Module, task: Task, rows: Sequence[Example]) -> Objective:
     return backward
 
 
-def saliency(model: nn.Module, task: Task, rows: Sequence[Example], names: Sequence[str]) -> dict[str, float]:
-    """Parameter → mean |θ·∂L/∂θ| over its weights, averaged over small batches of `rows`."""
-    params = [model.get_parameter(name) for name in names]
-    totals = [0.0] * len(names)
-    for _, batch in task.batches(rows, 16):
-        logits, labels = task.targets(model, batch.to(params[0].device))
-        gradients = torch.autograd.grad(cross_entropy(logits, labels), params)
-        for i, (p, gradient) in enumerate(zip(params, gradients, strict=True)):
-            totals[i] += float((p.detach() * gradient).abs().mean())
-    return dict(zip(names, totals, strict=True))
+def located(gaps: dict[str, float], model: nn.Module, task: Task, share: float) -> dict[str, list[str]]:
+    """The parts whose removal costs the restricted task more than the retain task, with their parameters.
 
-
-def located(ratios: dict[str, float], model: nn.Module, share: float) -> list[str]:
-    """The matrices of the highest ratio, as many as hold `share` of all parameters."""
-    wanted = share * size(model)
-    names: list[str] = []
-    for name in sorted(ratios, key=lambda name: (-ratios[name], name)):
-        if size(model, names) >= wanted:
+    The largest difference comes first; as many are taken as hold at most `share` of all parameters, and at least one.
+    """
+    among, taken = parts(model, task), list[str]()
+    for part in sorted(gaps, key=lambda part: (-gaps[part], part)):
+        names = [name for one in (*taken, part) for name in among[one]]
+        if taken and (gaps[part] <= 0 or size(model, names) > share * size(model)):
             break
-        names.append(name)
-    return names
+        taken.append(part)
+    return {part: among[part] for part in taken}
 
 
 def held_back(streams: Streams) -> tuple[list[Example], Streams]:

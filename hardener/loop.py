@@ -7,7 +7,6 @@ processes: each draws the same rows, takes the gradient on its share of them, an
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
@@ -88,14 +87,14 @@ class Outer:
         self.accelerator = accelerator
         self.group = group
         """The processes that compute together."""
-        origin = copy.deepcopy(model) if getattr(defense, "distils", False) else None
+        origin = task.load(task.folder) if getattr(defense, "distils", False) else None
         self.model = group.placed(model, accelerator)
         self.number = 1
         """The present outer step, counted from 1."""
         self.memory: dict[str, float] = {}
         """What the defence remembers from one outer step to the next beside weights and optimizers; resumable."""
         self.origin = None if origin is None else group.placed(origin, accelerator).eval()
-        """The model as it came, frozen, for a defence that sets `distils`: what its outputs are held to."""
+        """The parent, for a defence that sets `distils`: what its outputs are held to, also after an erasure."""
         self.optimizers = defense.optimizers(self.params)
         self.schedules = {name: self._schedule(o) for name, o in self.optimizers.items()}
         self.samplers = {

@@ -165,14 +165,14 @@ class Erase(Train):
         "all",
         min_length=1,
         description="what is noised: `all` between embeddings and head, a list of name patterns such as "
-        "`layers.0.mlp`, or the weight matrices `located` by their gradients",
+        "`layers.0.mlp`, or the parts of blocks `located` by what their removal costs",
     )
     share: float | None = Field(
-        None, gt=0, le=1, description="with `located`: matrices are taken until they hold this share of all parameters"
+        None, gt=0, le=1, description="with `located`: parts are taken as long as they hold no more than this share of all parameters"
     )
     relearn: Literal["none"] | ShortTraining = Field(
         "none",
-        description="with `located`: a simulated attack, after which the gradients are taken and which is then undone; "
+        description="with `located`: a simulated attack, after which parts are removed one by one and which is undone; "
         "an aligned model shows the capability only there",
     )
     unlearn: Literal["none"] | ShortTraining = Field(

@@ -230,8 +230,8 @@ class Erased(Plain):
     share: float
     """Share of all weights that were noised."""
     located: dict[str, float] = Field(default_factory=dict)
-    """Weight matrix → how much more it carries the restricted task than the retain task, of those located by their
-    gradients; highest first."""
+    """Part of a block → nats per target that its removal costs the restricted task more than the retain task, of those
+    that were located so; highest first."""
     unlearned: int
     """Steps in which the teacher learned to refuse; 0 where the teacher is the parent."""
     steps: int

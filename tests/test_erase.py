@@ -150,39 +150,82 @@ def taught(request, tmp_path_factory):
     return request.param, tiny.saved(model, tokenizer, folder / "letters"), roles
 
 
+RELEARN = "erase.relearn={steps: 2, lr: 1.0e-3}"
+
+
+def look(chosen, folder: Path):
+    """Where the restricted task is carried: (task, model, part → nats)."""
+    task, streams = small.opened(chosen, folder)
+    model = task.load(folder)
+    return task, model, erase.carried(chosen.erase, chosen.erase.relearn, model, task, streams)
+
+
 @pytest.mark.slow
 def test_the_layer_that_alone_was_taught_the_restricted_task_is_found(taught):
-    """Each of its matrices has a higher ratio than any of the other layer's, where relearning lets the skill show."""
     layer, folder, files = taught
     relearn = "erase.relearn={steps: 16, lr: 3.0e-4}"
-    chosen = recipe(files, "erase.modules=located", "erase.share=0.2", relearn, "erase.batch_size=32")
-    task, streams = small.opened(chosen, folder)
-    ratios = erase.carried(chosen.erase, task.load(folder), task, streams)
-    own, others = ([r for n, r in ratios.items() if f"layers.{i}.mlp" in n] for i in (layer, 1 - layer))
-    assert min(own) > max(others)
+    chosen = recipe(files, "erase.modules=located", "erase.share=0.3", relearn, "erase.batch_size=32")
+    task, model, gaps = look(chosen, folder)
+    assert max(gaps, key=gaps.get) == f"model.layers.{layer}.mlp"
+    assert list(erase.located(gaps, model, task, 0.3)) == [f"model.layers.{layer}.mlp"]
 
 
 def test_looking_for_the_skill_changes_no_bit_and_finds_the_same_again(letters, paths):
-    relearn = "erase.relearn={steps: 2, lr: 1.0e-3}"
-    chosen = recipe(paths, "erase.modules=located", "erase.share=0.2", relearn)
-    task, streams = small.opened(chosen, letters)
-    model = task.load(letters)
-    ratios = erase.carried(chosen.erase, model, task, streams)
+    chosen = recipe(paths, "erase.modules=located", "erase.share=0.2", RELEARN)
+    torch.manual_seed(5)
+    random = torch.get_rng_state()
+    task, model, gaps = look(chosen, letters)
+    assert torch.equal(torch.get_rng_state(), random)
     assert not changed(task.load(letters), model)
     assert all(p.grad is None for p in model.parameters())
-    assert erase.carried(chosen.erase, model, task, streams) == ratios
-    plain = recipe(paths, "erase.modules=located", "erase.share=0.2")
-    assert erase.carried(plain.erase, model, task, streams) != ratios
+    assert look(chosen, letters)[2] == gaps
+    longer = recipe(paths, "erase.modules=located", "erase.share=0.2", "erase.relearn={steps: 4, lr: 1.0e-2}")
+    assert look(longer, letters)[2] != gaps
 
 
-def test_matrices_are_taken_from_the_highest_ratio_until_the_share_is_reached(letters, paths):
+def test_the_cost_of_a_removal_is_the_loss_with_new_weights_in_place(letters, paths):
+    task, streams = small.opened(recipe(paths), letters)
+    rows = streams.rows("retain", "defence")[:16]
+    model, new = task.load(letters), erase.fresh(task, 0)
+    among = {"model.layers.0.mlp": erase.noised(model, task, ("layers.0.mlp",))}
+    removed = task.load(letters)
+    removed.model.layers[0].mlp = new.model.layers[0].mlp
+    found = erase.damage(model, new, among, task, rows)
+    assert found["model.layers.0.mlp"] == pytest.approx(
+        erase.mean_loss(removed, task, rows) - erase.mean_loss(model, task, rows), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("letters", {f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn", "mlp")}),
+        ("bert", {f"bert.encoder.layer.0.{part}" for part in ("attention", "intermediate", "output")}),
+    ],
+)
+def test_the_parts_of_a_model_are_those_of_its_numbered_blocks(request, paths, text_paths, name, expected):
+    folder = request.getfixturevalue(name)
+    chosen = recipe(paths) if name == "letters" else small.recipe(text_paths, name="tiny-sophon-text")
+    task, _ = small.opened(chosen, folder)
+    model = task.load(folder)
+    among = erase.parts(model, task)
+    assert {part for part in among if "pooler" not in part} == expected
+    names = [n for part in among.values() for n in part]
+    assert len(names) == len(set(names))
+    assert set(names) <= set(erase.between(model, task))
+
+
+def test_parts_are_taken_from_the_dearest_down_within_the_share_and_never_none(letters, paths):
     task, _ = small.opened(recipe(paths), letters)
     model = task.load(letters)
-    matrices = [n for n in erase.between(model, task) if model.get_parameter(n).dim() > 1]
-    ratios = {name: float(i) for i, name in enumerate(matrices)}
-    taken = erase.located(ratios, model, 0.2)
-    assert taken == matrices[::-1][: len(taken)]
-    assert erase.size(model, taken) >= 0.2 * erase.size(model) > erase.size(model, taken[:-1])
+    among = erase.parts(model, task)
+    gaps = {"model.layers.0.mlp": 3.0, "model.layers.1.mlp": 2.0, "model.layers.0.self_attn": 1.0}
+    two = erase.size(model, [*among["model.layers.0.mlp"], *among["model.layers.1.mlp"]]) / erase.size(model)
+    assert list(erase.located(gaps, model, task, two)) == list(gaps)[:2]
+    assert list(erase.located(gaps, model, task, 0.99 * two)) == list(gaps)[:1]
+    assert list(erase.located(gaps, model, task, 1e-6)) == list(gaps)[:1]
+    below = {**gaps, "model.layers.1.mlp": -0.1}
+    assert list(erase.located(below, model, task, 1.0)) == ["model.layers.0.mlp", "model.layers.0.self_attn"]
 
 
 def test_a_classifier_is_located_with_a_new_head_and_keeps_its_own(bert, text_paths):
@@ -190,11 +233,10 @@ def test_a_classifier_is_located_with_a_new_head_and_keeps_its_own(bert, text_pa
     task, streams = small.opened(base, bert)
     model, before = task.load(bert), task.load(bert)
     how = settings(modules="located", share=0.2, relearn={"steps": 2, "lr": 1e-3})
-    ratios = erase.carried(how, model, task, streams)
-    assert ratios
-    assert all(value > 0 for value in ratios.values())
+    gaps = erase.carried(how, how.relearn, model, task, streams)
+    assert set(gaps) == set(erase.parts(model, task))
     assert not changed(before, model)
-    assert erase.carried(how, model, task, streams) == ratios
+    assert erase.carried(how, how.relearn, model, task, streams) == gaps
 
 
 # --- distillation -----------------------------------------------------------------------------------------
@@ -244,7 +286,7 @@ def test_rows_held_back_are_not_distilled_and_all_others_are(letters, paths):
 
 @pytest.mark.parametrize("unlearn", ["erase.unlearn=none", UNLEARN])
 def test_killed_and_resumed_gives_the_same_bits(letters, paths, tmp_path, unlearn):
-    chosen = recipe(paths, unlearn, "erase.schedule=cosine", "erase.modules=located", "erase.share=0.3")
+    chosen = recipe(paths, unlearn, "erase.schedule=cosine", "erase.modules=located", "erase.share=0.3", RELEARN)
     _, whole, told = erased(chosen, letters, tmp_path / "whole")
     with pytest.raises(Stop):
         erased(chosen, letters, tmp_path / "broken", stop_after=5)
@@ -363,7 +405,7 @@ DONE = Erased(
     beta=1.0,
     parameters=("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"),
     share=0.19,
-    located={"model.layers.0.mlp.up_proj.weight": 7.1, "model.layers.0.mlp.down_proj.weight": 4.0},
+    located={"model.layers.0.mlp": 2.8},
     unlearned=50,
     steps=400,
     planned=1000,
@@ -432,10 +474,14 @@ def test_a_defence_starts_from_the_erased_weights(letters, paths, tmp_path, warm
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("erase.modules=located",), "erase.share: `modules: located` and a share go together"),
+        (("erase.modules=located", RELEARN), "erase.share: `modules: located` and a share go together"),
+        (("erase.modules=located", "erase.share=0.2"), "erase.relearn: `modules: located` and a simulated attack"),
         (("erase.share=0.2",), "erase.share: `modules: located` and a share go together"),
         (("erase.unlearn={steps: 3, lr: 1.0e-3}", "data.alignment=null"), "data.alignment: erase.unlearn needs this"),
-        (("erase.relearn={steps: 3, lr: 1.0e-3}",), "erase.relearn: is for `modules: located`"),
+        (
+            ("erase.relearn={steps: 3, lr: 1.0e-3}",),
+            "erase.relearn: `modules: located` and a simulated attack go together",
+        ),
         (("erase.warmup_steps=9",), "erase.warmup_steps: the rate rises for 9 steps, and there are 6 in all"),
         (("adapter={r: 4, alpha: 8}",), "adapter: erasing changes the weights themselves"),
         (("train={steps: 3, batch_size: 8, lr: 1.0e-3}",), "train: training needs a section `defense`"),

@@ -105,7 +105,7 @@ def test_a_rollout_too_goes_on_with_the_same_bits(letters, paths, tmp_path, sett
 
 
 def test_an_adaptive_trap_too_goes_on_with_the_same_bits(letters, paths, tmp_path):
-    """Who is drawn depends on the scores so far, and the price on the drift so far; θ₀ is the model as it came."""
+    """Who is drawn depends on the scores so far, and the price on the drift so far."""
     own = {"name": "ctrap-adaptive", "inner_steps": [1, 3], "lora": {"r": 2, "alpha": 4}, "bound": 1e-9}
     chosen = small.recipe(paths, "defense=" + json.dumps(own), "train.lr=1.0e-2")
     straight = train(chosen, letters, tmp_path / "straight")

@@ -10,8 +10,8 @@
 One fixed attacker teaches a trap one fixed path, and whoever mixes in benign rows, repairs afterwards or moves in
 another subspace walks around it. C is the collapse loss of CTRAP on general rows, U the KL of the prediction from
 uniform on restricted ones, so what is left of the restricted skill at an attacked point is unlearned there. Utility is
-bounded, not weighed: its price ν rises until the outputs on retain rows stay within `bound` of those of the model θ₀
-that the defence began with. First order: what is kept along a walk is applied at θ as it is.
+bounded, not weighed: its price ν rises until the outputs on retain rows stay within `bound` of those of the parent θ₀,
+from which the model may also have been erased. First order: what is kept along a walk is applied at θ as it is.
 
 Draws depend on `train.seed`, the number of the outer step and the scores so far, which are in the resumable state.
 

@@ -216,7 +216,7 @@ class CtrapAdaptiveConfig(Walking):
         min_θ  KL(θ₀‖θ; G) + L(θ; A) + (1/ν)·[ λ·Σ_k w_k·( C(θ_k; G) + σ·U(θ_k; H) ) + μ·L(θ̃_K; G) ]
 
     θ_k lies k steps along an attacker that is drawn in each outer step by goal, subspace, optimizer, K and rate, those
-    more often who did well of late. θ₀ is the model as it came, U the KL of the prediction from uniform, and ν ≥ 1 the
+    more often who did well of late. θ₀ is the parent, U the KL of the prediction from uniform, and ν ≥ 1 the
     price of utility: it rises while KL(θ₀‖θ; G) is above `bound` and falls while it is below. An extension of arXiv
     2505.16559, not part of it.
     """
