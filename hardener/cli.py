@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from hardener import __version__, client
-from hardener.errors import HardenerError, UsageError
+from hardener import __version__, client, processes
+from hardener.errors import DivergedError, HardenerError, UsageError
 
 if TYPE_CHECKING:
     from hardener.console import Narrator
@@ -120,6 +120,12 @@ def harden(
     yes: YesOption = False,
     probe_preset: ProbeOption = None,
     fail_under: GateOption = None,
+    num_processes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="processes that compute together, one per GPU")
+    ] = 1,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="spread the weights over the processes (FSDP2), as against a copy in each")
+    ] = False,
     on: OnOption = None,
     flavor: FlavorOption = None,
     timeout: TimeoutOption = None,
@@ -139,7 +145,8 @@ def harden(
     from hardener import pipeline
 
     narrator = _narrator(format)
-    if push_to and not dry_run and not yes:
+    world = processes.world()
+    if push_to and not dry_run and not yes and world.size == 1:
         _confirm(f"Publish to {push_to} if the evidence allows it?")
     asked: dict[str, Any] = {
         "recipe": recipe,
@@ -163,7 +170,12 @@ def harden(
         _as_job(model, {**asked, **machine}, dry_run, format, narrator)
     if machine:
         raise UsageError("--flavor and --timeout are those of a Job; add --on hf-jobs, or leave them out")
-    _finish(pipeline.harden(model, **asked, dry_run=dry_run, narrator=narrator), format, narrator)
+    if shard and world.size == num_processes == 1:
+        raise UsageError("--shard spreads weights over several processes; add --num-processes, or leave it out")
+    if num_processes > 1 and world.size == 1 and not dry_run:
+        raise typer.Exit(processes.launch(num_processes, [*sys.argv[1:], "--yes"]))
+    world.shard = world.size > 1 and (shard or world.shard)
+    _finish(pipeline.harden(model, **asked, dry_run=dry_run, narrator=narrator, world=world), format, narrator)
 
 
 @app.command()
@@ -452,11 +464,15 @@ def main() -> None:
     """Run the command line and end with an exit code of `errors.py`, or with 128 + the number of a signal."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    place = processes.place()
     try:
         _check_words(sys.argv[1:])
-        app()
+        _take_part(processes.world())
     except (Exception, Interrupted) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends whoever is left; this one ends by itself
         code, text = _told(error)
+        if place and isinstance(error, (DivergedError, Interrupted)):
+            sys.exit(code)  # the first process says it
         if staying := getattr(error, "staying", None):  # a repository that was made for the run
             text += f"\n{staying}"
         go_on = getattr(error, "go_on", None)  # known once there is a run folder
@@ -464,8 +480,23 @@ def main() -> None:
             text += f"\n{go_on}"
         if "--debug" in sys.argv:
             print(client.scrub("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-        print(f"hardener: {text}", file=sys.stderr)
+        print(f"hardener{f' (process {place})' if place else ''}: {text}", file=sys.stderr)
         sys.exit(code)
+
+
+def _take_part(world: processes.World) -> None:
+    """The first process runs the command; the others do what it orders."""
+    if world.rank:
+        from hardener import followers
+
+        followers.follow(world)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return
+    try:
+        app()
+    except SystemExit:  # its end, whatever the exit code; where it fails, the launcher ends the others
+        world.dismiss()
+        raise
 
 
 def _check_words(words: list[str]) -> None:

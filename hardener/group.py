@@ -38,7 +38,7 @@ TIMEOUT = timedelta(minutes=10)
 """How long one process waits for another within a step or a state; then the run ends."""
 BUCKET = 2**26
 """Elements of one message, at most, unless one tensor has more."""
-LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timeout", "NCCL", "gloo", "ProcessGroup")
+LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timeout", "NCCL", "gloo", "Store")
 """What torch says where another process is gone; it has no class of its own for that."""
 
 
@@ -120,7 +120,7 @@ class Group:
         """Put the first process's values into all, in place."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                dist.broadcast(tensor.detach(), 0)
 
     def whole(self, model: nn.Module) -> dict[str, Tensor] | None:
         """All weights in the memory of the first process, gathered tensor by tensor; None in the others."""
@@ -159,11 +159,12 @@ def joined(world: World, device: str, *, shard: bool = True) -> Iterator[Group]:
         mesh = init_device_mesh(device, (world.size,)) if world.shard and shard else None
         yield Group(world.rank, world.size, mesh)
     except RuntimeError as error:
-        if not any(word in str(error) for word in LOST):
+        told = next((words for words in LOST if words in str(error)), None)
+        if told is None:
             raise
         if world.rank:
             time.sleep(PATIENCE)
-        raise LostError(f"one of {world.size} processes is gone, or hangs: {str(error).splitlines()[0]}") from error
+        raise LostError(f"one of {world.size} processes is gone, or hangs ({told})") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -18,6 +18,7 @@ from hardener import hub, recipe_file, registry, release, verdict
 from hardener.console import Narrator, quiet
 from hardener.errors import RecipeError, UsageError
 from hardener.plan import Plan, check_disk, expected, plan
+from hardener.processes import ALONE, World
 from hardener.push import Pushed
 from hardener.recipe import Recipe
 from hardener.report import Erased, Report, Training
@@ -70,6 +71,7 @@ def harden(
     from_report: str | Path | None = None,
     push_anyway: bool = False,
     narrator: Narrator | None = None,
+    world: World = ALONE,
 ) -> Outcome:
     """Harden `model` by `recipe`, attack the result, write report and card, and push it if the evidence allows.
 
@@ -77,6 +79,7 @@ def harden(
     The result is in `output` (a new folder; `runs/NAME-RECIPE` if left out). With `resume`, the folder of an
     earlier run, everything else comes from there. With `from_report`, a release (folder or Hub id) or its
     report.json, model, commit and recipe come from there; a parent that was a local folder is named by `model`.
+    The other processes of `world` take part where weights change, and write nothing.
     Raises children of HardenerError; their `exit_code` is what the command line ends with.
     """
     say = narrator or Narrator(silent=True)
@@ -121,7 +124,7 @@ def harden(
         run = RunFolder.create(place, asked, recipe_file.dump(chosen))
     go_on = resumable(run, f"hardener harden --resume {run.path}")
     with run.locked(), quiet(), go_on, _taken_back(run, asked["push_to"], fresh=resume is None):
-        return _line(run, chosen, ref, planned, asked, say)
+        return _line(run, chosen, ref, planned, asked, say, world)
 
 
 def _asked(
@@ -188,7 +191,7 @@ def _again(source: str | Path, model: str | None, recipe: str | Path | None) -> 
 
 
 def _line(
-    run: RunFolder, recipe: Recipe, ref: hub.ModelRef, planned: Plan, asked: dict[str, Any], say: Narrator
+    run: RunFolder, recipe: Recipe, ref: hub.ModelRef, planned: Plan, asked: dict[str, Any], say: Narrator, world: World
 ) -> Outcome:
     """The stages of a run whose request is settled."""
     target: Target | None = None
@@ -212,12 +215,14 @@ def _line(
     original = stages.before("original", bench, folder, chosen, run, say)
     scratch = None if bench.task.generative else stages.before("scratch", bench, folder, chosen, run, say)
 
+    job = {"recipe": recipe_file.dump(recipe), "folder": str(folder), "device": asked["device"]}
+    job |= {"model": asked["model"], "commit": ref.commit}
     erased = None
     if recipe.erase != "none":
         say.stage("Erasing the restricted capability")
         erased = run.stage(
             "erase",
-            lambda: stages.erased(recipe, bench, folder, run, say),
+            lambda: stages.erased(recipe, bench, folder, run, say, world.order("erase", **job)),
             Erased.model_validate,
             lambda e: e.model_dump(mode="json"),
         )
@@ -225,7 +230,9 @@ def _line(
     say.stage(f"Hardening with {recipe.name}")
     training = run.stage(
         "harden",
-        lambda: stages.harden(recipe, bench, folder, run, say, erased),
+        lambda: stages.harden(
+            recipe, bench, folder, run, say, erased, world.order("harden", **job, erased=_plain(erased))
+        ),
         Training.model_validate,
         lambda t: t.model_dump(mode="json"),
     )
@@ -247,6 +254,7 @@ def _line(
         evidence,
         (original, hardened, scratch),
         pushed_anyway=bool(target and asked["push_anyway"] and not meets),
+        processes=world.size,
     )
     release.write(run, recipe, report, folder)
 
@@ -336,6 +344,10 @@ def probe(
         release.write(run, chosen, report, original_folder)
     code = 0 if against is None else verdict.exit_code(evidence.word, evidence.flags, chosen.probe.gate)
     return Outcome(planned, run.path, report, exit_code=code)
+
+
+def _plain(erased: Erased | None) -> dict[str, Any] | None:
+    return None if erased is None else erased.model_dump(mode="json")
 
 
 def _resumable(place: Path, asked: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,16 +45,17 @@ class World:
     """Its number; 0 is the first."""
     size: int = 1
     shard: bool = False
-    """Whether weights are to be spread over the processes, as against a copy in each."""
+    """Whether weights are to be spread over the processes, as against a copy in each; the first one's word counts."""
     store: Store | None = None
     """What all can read and write, where they are several."""
     orders_given: int = field(default=0, init=False)
 
-    def order(self, what: str, **how: Any) -> None:
-        """Have the others do something; `how` is plain data."""
+    def order(self, what: str, **how: Any) -> World:
+        """Have the others do something; `how` is plain data. Returns the world, in which it is now done."""
         self.orders_given += 1
         if self.store is not None:
-            self.store.set(f"order {self.orders_given}", json.dumps({"what": what, **how}))
+            self.store.set(f"order {self.orders_given}", json.dumps({"what": what, "shard": self.shard, **how}))
+        return self
 
     def orders(self) -> Iterator[dict[str, Any]]:
         """What the first process has this one do, in order. Raises LostError where that one is gone."""
@@ -64,6 +66,7 @@ class World:
             if order["what"] == END:
                 self.store.add("left", 1)
                 return
+            self.shard = order.pop("shard")
             yield order
 
     def dismiss(self) -> None:
@@ -86,6 +89,11 @@ def _awaited(store: Store, key: str) -> bytes:
     except RuntimeError as error:
         time.sleep(PATIENCE)
         raise LostError("the first process is gone") from error
+
+
+def place() -> int:
+    """The number of this process, known before the others are met."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
 @cache
@@ -114,7 +122,7 @@ def _store(address: str, port: int, *, host: bool) -> Store:
     return PrefixStore("hardener", store)
 
 
-def launch(n: int, words: Sequence[str], *, shard: bool) -> int:
+def launch(n: int, words: Sequence[str]) -> int:
     """Run the command line `words` in `n` processes of this machine; the exit code, which is that of the first.
 
     Raises LostError where a process was killed.
@@ -125,8 +133,7 @@ def launch(n: int, words: Sequence[str], *, shard: bool) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process speaks for itself
-    os.environ[SHARD] = str(shard).lower()
-    here = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    here = {"run_id": "hardener", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
     config = LaunchConfig(1, 1, n, max_restarts=0, **here)  # type: ignore[arg-type]
     try:
         elastic_launch(config, sys.executable)("-m", "hardener", *words)
@@ -136,10 +143,11 @@ def launch(n: int, words: Sequence[str], *, shard: bool) -> int:
 
 
 def _code(codes: dict[int, int], n: int) -> int:
-    """The exit code of processes of which some failed, rank → code, minus the signal where one was killed."""
-    import signal
+    """The exit code of processes of which some failed: rank → code, or minus the signal by which one was killed.
 
-    killed = {rank: signal.Signals(-code).name for rank, code in codes.items() if code < 0}
+    The launcher itself sends SIGTERM to those that go on when another has failed.
+    """
+    killed = {rank: signal.Signals(-code).name for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
     if killed:
         rank, name = min(killed.items())
         raise LostError(

@@ -23,9 +23,11 @@ from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.checks import BUDGET_FACTOR, NO_ATTACK
 from hardener.console import Narrator, values
 from hardener.errors import RecipeError, UsageError
+from hardener.group import joined
 from hardener.judges import Classifier, Panel
 from hardener.measurement import Measurement, Subject
 from hardener.probing import Prober
+from hardener.processes import ALONE, World
 from hardener.recipe import Probe, Recipe, Train
 from hardener.report import Erased, Evidence, Parent, Report, Training
 from hardener.run import RunFolder
@@ -174,21 +176,11 @@ def before(
     return measurement
 
 
-def erased(recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narrator) -> Erased:
+def erased(recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narrator, world: World = ALONE) -> Erased:
     """Take the restricted capability out of the weights, and keep them in the run folder for `harden`."""
     from safetensors.torch import save_model
 
-    assert recipe.erase != "none"  # the only reason to be here
-    with say.steps("erasing", recipe.erase.steps) as steps:
-        student, done = erase.run(
-            recipe.erase,
-            bench.task.load(folder),
-            bench.task,
-            bench.streams,
-            bench.device,
-            run.state / "erase",
-            lambda step, logged: steps.update(step, values(logged)),
-        )
+    student, done = distilled(recipe, bench, folder, run.state / "erase", say, world)
     with files.new_folder(run.state / "erased") as new:
         save_model(student.cpu(), str(new / ERASED))
     nats = f"{done.loss_student:.3f} nats on held-back retain rows, the teacher {done.loss_teacher:.3f}"
@@ -196,8 +188,32 @@ def erased(recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narr
     return done
 
 
+def distilled(
+    recipe: Recipe, bench: Bench, folder: Path, states: Path, say: Narrator, world: World
+) -> tuple[nn.Module, Erased]:
+    """The erased model and what was done; what all processes do."""
+    assert recipe.erase != "none"  # the only reason to be here
+    with joined(world, bench.device, shard=False) as group, say.steps("erasing", recipe.erase.steps) as steps:
+        return erase.run(
+            recipe.erase,
+            bench.task.load(folder),
+            bench.task,
+            bench.streams,
+            bench.device,
+            states,
+            lambda step, logged: steps.update(step, values(logged)),
+            group,
+        )
+
+
 def harden(
-    recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narrator, erased: Erased | None = None
+    recipe: Recipe,
+    bench: Bench,
+    folder: Path,
+    run: RunFolder,
+    say: Narrator,
+    erased: Erased | None = None,
+    world: World = ALONE,
 ) -> Training:
     """Run the defence, on the erased weights if there are some, and save the drop-in release."""
     model = bench.task.load(folder)
@@ -206,7 +222,7 @@ def harden(
 
         load_model(model, run.state / "erased" / ERASED)
         shutil.rmtree(run.state / "erase", ignore_errors=True)  # the states of a stage that has ended
-    model, training = _defended(recipe, bench, model, run, say, erased)
+    model, training = defended(recipe, bench, folder, model, run.state, say, erased, world)
     saved = checkpoint.save(checkpoint.merged(model).cpu(), folder, run.release)
     notes = list(training.notes)
     if saved.cast_loss > 0.1:
@@ -215,10 +231,20 @@ def harden(
     return training.model_copy(update={"erased": erased, "cast_loss": saved.cast_loss, "notes": tuple(notes)})
 
 
-def _defended(
-    recipe: Recipe, bench: Bench, model: nn.Module, run: RunFolder, say: Narrator, erased: Erased | None
+def defended(
+    recipe: Recipe,
+    bench: Bench,
+    folder: Path,
+    model: nn.Module,
+    states: Path,
+    say: Narrator,
+    erased: Erased | None,
+    world: World,
 ) -> tuple[nn.Module, Training]:
-    """The model after the loop, and what was done; where the recipe has no defence, that is the erasure."""
+    """The model after the loop, and what was done; where the recipe has no defence, that is the erasure.
+
+    What all processes do; `model` is that of the first one, erased or as it is in `folder`.
+    """
     if recipe.defense is None or recipe.train is None:
         assert erased is not None  # checked before anything started
         whole = sum(p.numel() for p in model.parameters())
@@ -230,7 +256,9 @@ def _defended(
     if recipe.adapter != "none":
         model = checkpoint.attach(model, recipe.adapter, task)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with say.steps("hardening", train.steps) as steps:
+    with joined(world, bench.device) as group, say.steps("hardening", train.steps) as steps:
+        if erased is not None:
+            group.give([*model.parameters(), *model.buffers()])
         log = loop.run(
             defense,
             model,
@@ -238,9 +266,16 @@ def _defended(
             bench.streams,
             train,
             bench.device,
-            States(run.state),
+            States(states),
             lambda step, logged: steps.update(step, values(logged)),
+            group,
         )
+        weights = group.whole(model) if group.mesh is not None else None
+    if weights is not None:  # a sharded model stays one
+        model = task.load(folder)
+        if recipe.adapter != "none":
+            model = checkpoint.attach(model, recipe.adapter, task)
+        model.load_state_dict(weights)
     title = defense_class.Config.title + (f" after {erase.TITLE}" if erased else "")
     made = {"steps": train.steps, "trainable": trainable, "log": log, "notes": defense.notes}
     return model, Training(defense=recipe.defense.name, title=title, **made)
@@ -355,6 +390,7 @@ def report(
     measured: tuple[Measurement | None, ...],
     *,
     pushed_anyway: bool = False,
+    processes: int = 1,
 ) -> Report:
     """Put the report together."""
     subjects = [m for m in measured if m is not None]
@@ -371,6 +407,6 @@ def report(
         training=training,
         evidence=judged,
         curves=evidence.curves(subjects, recipe.probe.epsilon),
-        environment={**versions(), "device": bench.device},
+        environment={**versions(), "device": bench.device, **({"processes": str(processes)} if processes > 1 else {})},
         pushed_anyway=pushed_anyway,
     )

@@ -1,0 +1,49 @@
+"""What the processes beside the first one do: open the same model and data, and take part where weights change.
+
+They write nothing, print nothing and ask the Hub for nothing that their machine has already.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from hardener import hub, recipe_file, stages
+from hardener.bench import Bench
+from hardener.console import Narrator, quiet
+from hardener.processes import World
+from hardener.recipe import Recipe
+from hardener.report import Erased
+
+NOWHERE = Path("/nonexistent")
+"""Where states are kept: they are the first process's."""
+
+
+def follow(world: World) -> None:
+    """Do what the first process orders, until it ends. Raises LostError where it is gone."""
+    silent = Narrator(silent=True)
+    with quiet():
+        for order in world.orders():
+            folder = model(order["folder"], order["model"], order["commit"])
+            recipe, bench = opened(order["recipe"], folder, order["device"])
+            if order["what"] == "erase":
+                stages.distilled(recipe, bench, folder, NOWHERE, silent, world)
+            else:
+                erased = order["erased"] and Erased.model_validate(order["erased"])
+                stages.defended(recipe, bench, folder, bench.task.load(folder), NOWHERE, silent, erased, world)
+
+
+def model(folder: str, name: str, commit: str | None) -> Path:
+    """The checkpoint, which another machine may have to fetch."""
+    return Path(folder) if Path(folder).is_dir() else hub.pull(hub.resolve(name, commit))
+
+
+@lru_cache(maxsize=1)
+def opened(text: str, folder: Path, device: str) -> tuple[Recipe, Bench]:
+    """The recipe and its data."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "recipe.yaml"
+        path.write_text(text, "utf-8")
+        recipe = recipe_file.load(path)
+    return recipe, stages.open_bench(recipe, folder, device, Narrator(silent=True))
