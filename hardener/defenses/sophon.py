@@ -110,7 +110,7 @@ class Sophon:
 
     def head(self, outer: Outer) -> AbstractContextManager[None]:
         """A fresh head for the restricted task, or the model's own. Raises RecipeError if that has too few outputs."""
-        if self.task.generative:
+        if self.task.kind != "classifier":
             return nullcontext()
         if self.config.head == "fresh":
             return self.task.fresh_head(outer.model, outer.classes("restricted"))
