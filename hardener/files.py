@@ -87,6 +87,17 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that is gone after the block. Its name is fixed: the next one removes what a kill left."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable, where the system can."""
     if os.name == "posix":

@@ -6,6 +6,7 @@ orange is original, grey is trained from scratch, in all of them: hues that peop
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,6 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from hardener import files
 from hardener.checks import NO_ATTACK
 from hardener.recipe import Recipe
 from hardener.report import Curve, Family, Interval, Point, Report
@@ -468,4 +470,6 @@ def _save(figure: Figure, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=144, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=144, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    files.write_bytes(path, drawn.getvalue())

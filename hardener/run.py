@@ -25,6 +25,9 @@ from hardener.errors import DivergedError, HardenerError, RunError, UsageError
 
 T = TypeVar("T")
 JOURNAL = "run.json"
+LOCK = ".lock"
+STARTED = {LOCK, "recipe.yaml", ".recipe.yaml.new", f".{JOURNAL}.new"}
+"""What a start leaves that was killed before there was a journal."""
 
 
 class RunFolder:
@@ -41,10 +44,12 @@ class RunFolder:
         created = today()
         with files.explained_disk(path):
             path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o700)
-        files.write_text(path / "recipe.yaml", recipe)
+            path.chmod(0o700)
         run = cls(path, {"schema": 1, "created": created, "request": request, "fingerprint": {}, "stages": {}})
-        run._write()
+        with run._held():
+            check_free(path)  # another process may have been quicker
+            files.write_text(path / "recipe.yaml", recipe)
+            run._write()
         return run
 
     @classmethod
@@ -111,8 +116,15 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process. Raises RunError if another one does."""
-        with (self.path / ".lock").open("a+") as handle:
+        """Hold the folder for this process, and say so in the journal. Raises RunError if another one does."""
+        with self._held():
+            self._journal["pid"] = os.getpid()
+            self._write()
+            yield
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        with (self.path / LOCK).open("a+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -120,8 +132,6 @@ class RunFolder:
                     f"{self.path} is in use by process {self._journal.get('pid', '?')}; "
                     "wait for it, or choose another folder"
                 ) from None
-            self._journal["pid"] = os.getpid()
-            self._write()
             yield
 
     def guard(self, fingerprint: dict[str, str]) -> None:
@@ -176,9 +186,9 @@ def check_free(path: Path) -> None:
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir():
         raise RunError(f"{there} is a file; choose another folder with --output")
-    if there == path and any(path.iterdir()):
-        known = (path / JOURNAL).is_file()
-        hint = f"continue it with --resume {path}, or choose" if known else "choose"
+    left = {entry.name for entry in path.iterdir()} if there == path else set()
+    if left and not (LOCK in left and left <= STARTED):
+        hint = f"continue it with --resume {path}, or choose" if (path / JOURNAL).is_file() else "choose"
         raise RunError(f"{path} is not empty; {hint} another folder with --output")
 
 
