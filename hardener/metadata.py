@@ -48,6 +48,7 @@ KEPT = (
 """What belongs to a release besides the weights, as patterns of whole paths."""
 LEFT = ("*.index.json", "*_results.json", "trainer_state.json")
 """What matches above but speaks of other weights or of another training."""
+LEARNED = (".weight", ".bias")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TABLE = re.compile(r"(^|[._])(embed_\w+|\w+_embeddings|embeddings|embed|wte|wpe)\.weight$")
 """Tensors from which rows are taken; the embeddings of patches are convolutions, and are called otherwise."""
@@ -186,6 +187,7 @@ def describe(
     files = release_files(source)
     config = _config(source)
     header = headers(source)
+    _check_layers(source, config, header)
     return ModelRef(
         id=source.id,
         commit=commit,
@@ -288,6 +290,9 @@ def _config(source: Source) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{source.id} is quantized ({method}); harden the full-precision original and quantize the result"
         )
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise UnsupportedModelError(f"{source.id}: the architectures of {name} are {named!r}, not a list of names")
     if name == DENOISER_CONFIG and SCHEDULER_CONFIG not in source.sizes:
         raise UnsupportedModelError(f"{source.id} has no {SCHEDULER_CONFIG}, so its noise schedule is unknown")
     if name == "config.json" and not config.get("model_type"):
@@ -296,6 +301,16 @@ def _config(source: Source) -> dict[str, Any]:
             "hardener never runs code from a model repository"
         )
     return config
+
+
+def _check_layers(source: Source, config: dict[str, Any], header: Header) -> None:
+    """Raise UnsupportedModelError for more layers than there are tensors: building them would take for ever."""
+    layers = config.get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or not 0 <= layers <= len(header):
+        raise UnsupportedModelError(
+            f"{source.id}: config.json speaks of {layers!r} layers, and the weights are {len(header)} tensors; config "
+            "and weights belong to different models"
+        )
 
 
 def _multiplied(config: dict[str, Any], header: Header) -> int:
@@ -314,6 +329,11 @@ def _dtype(source: Source, header: Header) -> str:
     if dtype not in DTYPES:
         raise UnsupportedModelError(
             f"{source.id} holds mostly {dtype} weights; gradients need {', '.join(DTYPES.values())}"
+        )
+    if odd := [name for name, (kind, _) in header.items() if name.endswith(LEARNED) and kind not in DTYPES]:
+        raise UnsupportedModelError(
+            f"{source.id}: {odd[0]} is stored as {header[odd[0]][0]}, the rest as {dtype}; the file is damaged, or "
+            "quantized in part"
         )
     return DTYPES[dtype]
 
@@ -338,7 +358,7 @@ def _card(source: Source) -> dict[str, Any]:
         return {}
     try:
         return dict(metadata_load(source.path("README.md")) or {})
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         log.warning("%s: the metadata of README.md cannot be read and is left out: %s", source.id, error)
         return {}
 
@@ -346,7 +366,7 @@ def _card(source: Source) -> dict[str, Any]:
 def _json(source: Source, name: str) -> dict[str, Any]:
     try:
         content = json.loads(source.path(name).read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedModelError(f"{source.id}: {name} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UnsupportedModelError(f"{source.id}: {name} is not a JSON object")

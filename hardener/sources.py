@@ -5,8 +5,10 @@ A Hub dataset is pinned to a commit, a local file or folder to its hash, which i
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
+import itertools
 import os
 import reprlib
 from collections.abc import Callable, Iterator
@@ -267,8 +269,22 @@ def _from_disk(source: Source, where: str) -> Any:
         return load_dataset(str(path), split=source.split)
     if suffix not in FORMATS:
         raise DataError(f"{where}: {path.name} is none of {', '.join(FORMATS)}, and no folder")
+    if FORMATS[suffix] == "json" and (number := null_line(path)):
+        raise DataError(f"{where}, line {number}: a row is an object, not null")
     options = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
     return load_dataset(FORMATS[suffix], data_files=literally, split="train", **options)
+
+
+def null_line(path: Path) -> int | None:
+    """The first line of a .jsonl that is a lone `null`, or where the whole of a .json begins with it.
+
+    The reader of JSON ends the process where a block begins so.
+    """
+    with path.open("rb") as lines:
+        filled = ((number, line.removeprefix(codecs.BOM_UTF8).lstrip()) for number, line in enumerate(lines, 1))
+        told = ((number, line) for number, line in filled if line)
+        looked = told if path.suffix.lower() == ".jsonl" else itertools.islice(told, 1)
+        return next((number for number, line in looked if line.startswith(b"null")), None)
 
 
 def name_of(source: Source) -> str:
