@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +87,10 @@ def save(model: nn.Module, parent: Path, release: Path) -> Saved:
 
     Raises UnsupportedModelError if the model's tensors do not map onto the parent's, ResourceError if the disk is full.
     """
-    with files.new_folder(release) as new, tempfile.TemporaryDirectory(dir=release.parent) as scratch:
+    with files.new_folder(release) as new, files.scratch_folder(release.with_name(".merged")) as scratch:
         copy_companions(parent, new)
         model.save_pretrained(scratch, max_shard_size="2GB")  # type: ignore[operator]
-        written = _Tensors(Path(scratch))
+        written = _Tensors(scratch)
         plain = model.state_dict()
         lost = moved = size = 0.0
         unknown = set(written.names)
