@@ -236,7 +236,7 @@ def cached(path: Path, make: Callable[[], Measurement]) -> Measurement:
     """Return the cached measurement, or make it and keep it. Raises UsageError where it could not be kept."""
     root = path.parent
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"the cache {root} cannot be made: {error.strerror}; set HARDENER_CACHE") from error
     if not path.is_file() and not os.access(root, os.W_OK):
