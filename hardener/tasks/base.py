@@ -215,7 +215,7 @@ def loadable(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         told = " ".join(str(error).split())[:300]
         raise UnsupportedModelError(f"{what} cannot be loaded: {type(error).__name__}: {told}") from error
 
