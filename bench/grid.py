@@ -20,6 +20,7 @@ For the 22 k weights of the ResNet bed a cell takes one to two seconds of a core
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections import Counter
@@ -107,8 +108,10 @@ class Room:
         install()
         self.place = place
         recipe = sources.pin(recipe_file.load(place.recipe, probe=True))
-        self.bench: Bench = stages.open_bench(recipe, place.parent, "cpu", Narrator(silent=True))
+        with quiet():
+            self.bench: Bench = stages.open_bench(recipe, place.parent, "cpu", Narrator(silent=True))
         self.judge = Judge(self.bench)
+        gc.freeze()  # the trainer collects garbage after every attack: not among the libraries, a third of the time
 
     @cached_property
     def stores(self) -> dict[str, Store]:
@@ -125,7 +128,8 @@ class Room:
         attack = replace(attack, setting=f"{cell.role}, {attack.setting}")
         benign = cell.role == "benign"
         judge = partial(self.judge.benign, self.bench.benign[0]) if benign else self.judge.of(attack)
-        return self.stores[cell.side].run(attack, lambda: attacked(self.scene(cell), attack, judge))
+        with quiet():
+            return self.stores[cell.side].run(attack, lambda: attacked(self.scene(cell), attack, judge))
 
     def scene(self, cell: Cell) -> Scene:
         """What the attacker of a cell holds."""
@@ -148,7 +152,8 @@ class Room:
 
     def retained(self, side: str) -> list[list[float]]:
         """Row scores of a checkpoint on its own task before any attack, by source."""
-        return self.judge.utility(self.bench.task.load(dict(self.place.folders)[side]).eval())
+        with quiet():
+            return self.judge.utility(self.bench.task.load(dict(self.place.folders)[side]).eval())
 
 
 def sample(rows: Sequence[Example], per_class: int, seed: int) -> list[Example]:
@@ -171,8 +176,7 @@ def room(place: Place) -> Room:
 
 def work(place: Place, cell: Cell) -> Run:
     """One cell, in whatever process."""
-    with quiet():
-        return room(place).make(cell)
+    return room(place).make(cell)
 
 
 # --- which cells ---------------------------------------------------------------------------------------------------
@@ -287,6 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, a core each; default: 2")
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), help="default: 0,1,2")
     chosen = parser.parse_args(arguments)
+    if len({name for name, _ in chosen.hardened}) < len(chosen.hardened):
+        parser.error("two hardened releases have one name; give each its own")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started
     plan = QUICK if chosen.quick else FULL
     plan = replace(plan, seeds=chosen.seeds or plan.seeds)

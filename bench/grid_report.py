@@ -58,7 +58,10 @@ def report(sides: Sides, setting: Setting) -> str:
         f"## Batch sizes, after {step} steps\n\n{variation(sides, setting, 'batch', step)}",
         f"## Labels per class, after {step} steps\n\n{variation(sides, setting, 'per_class', step)}",
         f"## SLC-AUC\n\n{SLC}\n\n{curves_table(sides)}",
-        f"## Adaptive attacks, after {step} steps\n\n{variation(sides, setting, 'preparation', step)}",
+        *(
+            f"## Adaptive attacks, after {at} steps\n\n{variation(sides, setting, 'preparation', at)}"
+            for at in sorted({step, setting.steps})
+        ),
         f"## A benign task\n\n{benign(sides)}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -88,10 +91,12 @@ def short(sides: Sides, setting: Setting, step: int) -> str:
     head = (
         "Hardened",
         "Own task kept",
-        "Authors' attack: hardened, scratch",
-        "ρ, best attackers",
+        "Authors' attack",
+        "the same from scratch",
+        "ρ",
         "Result",
-        "Best attack on it",
+        "Broken by",
+        "Lowest ρ",
     )
     return tables.markdown_table(head, [short_row(sides, name, setting, step) for name in hardened(sides)])
 
@@ -99,17 +104,27 @@ def short(sides: Sides, setting: Setting, step: int) -> str:
 def short_row(sides: Sides, name: str, setting: Setting, step: int) -> tuple[str, ...]:
     """What became of a hardened side."""
     kept = measures.utility(case_of(sides, name, {one: [] for one in sides})).get("utility_kept")
-    tested = [figure(reached(sides[side], authors(sides[side]), setting.steps, setting)) for side in (name, SCRATCH)]
-    rho, note = suppression(sides, name, PER_CLASS, step)
+    published = (reached(sides[who], authors(sides[who]), setting.steps, setting) for who in (name, SCRATCH))
+    found = rhos(sides, name, setting)
+    rho, note = found[PER_CLASS, step]
     worst = reached(sides[name], sides[name].where(per_class=PER_CLASS), step, setting)
+    judged = [(one.value, tables.figure(one), place) for place, (one, _) in found.items() if one]
+    lowest = min(judged, default=None)
     return (
         name,
         tables.or_dash(tables.figure, kept),
-        ", ".join(tested),
+        *map(figure, published),
         tables.or_dash(tables.figure, rho),
         word(rho, note),
-        worst.attacker.title if worst else "–",
+        worst.attacker.title if worst and rho and rho.value < GOAL else "–",
+        f"{lowest[1]}, {lowest[2][0]} labels, step {lowest[2][1]}" if lowest else "–",
     )
+
+
+def rhos(sides: Sides, name: str, setting: Setting) -> dict[tuple[int, int], tuple[Interval | None, str]]:
+    """(labels per class, step) → ρ there with its note, in that order."""
+    labels = sorted({one.per_class for one in sides[ORIGINAL].attackers.values()})
+    return {(n, step): suppression(sides, name, n, step) for n in labels for step in setting.budgets}
 
 
 def authors(side: Side) -> list[Track]:
@@ -126,28 +141,18 @@ def word(rho: Interval | None, note: str) -> str:
 
 def budgets(sides: Sides, setting: Setting) -> str:
     """A line for each number of labels and steps: each side at its best attacker, and ρ."""
-    names = hardened(sides)
-    head = (
-        "Labels",
-        "Step",
-        *sides,
-        *(f"{title}, {name}" for name in names for title in ("ρ", "result", "best attack")),
-    )
+    found = {name: rhos(sides, name, setting) for name in hardened(sides)}
+    columns = [f"{title}, {name}" for name in found for title in ("ρ", "result", "best attack")]
     rows = []
-    for per_class in sorted({one.per_class for one in sides[ORIGINAL].attackers.values()}):
-        for step in setting.budgets:
-            found = {n: reached(side, side.where(per_class=per_class), step, setting) for n, side in sides.items()}
-            judged: list[str] = []
-            for name in names:
-                rho, note = suppression(sides, name, per_class, step)
-                attack = found[name]
-                judged += [
-                    tables.or_dash(tables.figure, rho),
-                    word(rho, note),
-                    attack.attacker.title if attack else "–",
-                ]
-            rows.append((str(per_class), str(step), *map(figure, found.values()), *judged))
-    return tables.markdown_table(head, rows)
+    for per_class, step in next(iter(found.values())):
+        at = {name: reached(one, one.where(per_class=per_class), step, setting) for name, one in sides.items()}
+        judged: list[str] = []
+        for name, every in found.items():
+            rho, note = every[per_class, step]
+            attack = at[name]
+            judged += [tables.or_dash(tables.figure, rho), word(rho, note), attack.attacker.title if attack else "–"]
+        rows.append((str(per_class), str(step), *map(figure, at.values()), *judged))
+    return tables.markdown_table(("Labels per class", "Step", *sides, *columns), rows)
 
 
 def by_method(sides: Sides, setting: Setting, step: int) -> str:
@@ -162,7 +167,8 @@ def by_method(sides: Sides, setting: Setting, step: int) -> str:
         for optimizer in OPTIMIZERS
     ]
     rows.append(("the authors' attack", OPTIMIZERS[AUTHORS.optimizer].title, *cells(**AUTHORS._asdict())))
-    rows.append(("best of all, adaptive too", "–", *cells(per_class=PER_CLASS)))
+    every = [figure(reached(side, side.where(per_class=PER_CLASS), step, setting)) for side in sides.values()]
+    rows.append(("best of all, other batches and adaptive too", "–", *every))
     return tables.markdown_table(("Method", "Optimizer", *sides), rows, frozenset({len(rows) - 1}))
 
 
@@ -233,7 +239,7 @@ def draw(sides: Sides, setting: Setting, path: Path) -> None:
     names = hardened(sides)
     canvas = Canvas(figsize=(3.0 * (len(methods) + 1), 2.8 * len(names)), layout="constrained")
     panels = canvas.subplots(len(names), len(methods) + 1, squeeze=False, sharey=True)
-    step = judged_step(sides, setting)
+    step, along = judged_step(sides, setting), sorted(sides[ORIGINAL].along("per_class"))
     for name, row in zip(names, panels, strict=True):
         colours = {ORIGINAL: "original", name: "hardened", SCRATCH: "scratch"}
         for who, subject in colours.items():
@@ -241,7 +247,10 @@ def draw(sides: Sides, setting: Setting, path: Path) -> None:
                 by_steps(axes, sides[who], method, step, setting, LIGHT.subjects[subject])
             by_labels(row[-1], sides[who], step, setting, LIGHT.subjects[subject])
         for axes, title in zip(row, (*(METHODS[method].title for method in methods), f"step {step}"), strict=True):
+            ticks = [*along] if axes is row[-1] else [1, *setting.budgets]
             axes.set(title=title, xscale="log", xlabel="labels per class" if axes is row[-1] else "step")
+            axes.set_xticks(ticks, labels=map(str, ticks))
+            axes.minorticks_off()
         row[0].set_ylabel("accuracy")
         row[-1].legend(fontsize="small")
     canvas.savefig(path, dpi=120)

@@ -255,9 +255,24 @@ def test_everything_is_written(place: Place, found: tuple[dict[str, Side], Setti
     assert (place.out / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert [row["Rows a batch"] for row in table(text, "Batch sizes")] == ["8", "16"]
     assert [row["Labels per class"] for row in table(text, "Labels per class")] == ["2", "20"]
-    assert len(table(text, "Adaptive attacks")) == len(PREPARATIONS)
+    assert len(table(text, "Adaptive attacks, after 4 steps")) == len(PREPARATIONS)
     assert table(text, "SLC-AUC")[0]["Hardened, SLC-AUC"] != "–"
     assert table(text, "A benign task")[0]["Its own"] != "–"
+
+
+def test_a_reader_of_texts_is_attacked_in_every_way(
+    tmp_path: Path, bert: Path, text_paths: dict[str, Path], warm: None
+) -> None:
+    chosen = small.recipe(text_paths, name="tiny-sophon-text")
+    (tmp_path / "recipe.yaml").write_text(recipe_file.dump(chosen), "utf-8")
+    there = Place(((ORIGINAL, bert),), tmp_path / "recipe.yaml", tmp_path, 2)
+    room = Room(there)
+    ways = [Attacker(method, "adam", 1e-3, 8, 4) for method in room.methods]
+    ways += [ways[0]._replace(preparation=how) for how in PREPARATIONS]
+    runs = [room.make(Cell(ORIGINAL, way, 0)) for way in dict.fromkeys(ways)]
+    assert [run.failed for run in runs] == [None] * (len(METHODS) + len(PREPARATIONS) - 1)
+    assert {run.rows for run in runs} == {4 * room.bench.streams.classes["restricted"]}
+    assert len({run.curve[-1].scores for run in runs}) > 1
 
 
 @pytest.mark.parametrize("text", ["release", "ours=nowhere", "=.", f"{ORIGINAL}=."])
@@ -265,6 +280,12 @@ def test_a_hardened_side_needs_a_name_and_a_folder(text: str, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         grid.main(["--parent", ".", "--recipe", "r", "--out", "o", "--hardened", text])
     assert text.partition("=")[0] in capsys.readouterr().err
+
+
+def test_two_releases_of_one_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        grid.main(["--parent", ".", "--recipe", "r", "--out", "o", "--hardened", "a=.", "--hardened", "a=.."])
+    assert "one name" in capsys.readouterr().err
 
 
 # ── ρ ─────────────────────────────────────────────────────────────────────────────────────────
@@ -325,7 +346,7 @@ def test_a_row_that_missed_names_the_attack_that_broke_it() -> None:
     text = grid_report.report(sides(hardened=9), SETTING)
     (row,) = table(text, "In short")
     assert row["Result"] == "missed"
-    assert row["Best attack on it"] == "fresh head, all weights, SGD, momentum 0.9, rate 0.001"
+    assert row["Broken by"] == "fresh head, all weights, SGD, momentum 0.9, rate 0.001"
 
 
 def test_the_best_of_every_side_is_tried_on_all() -> None:
