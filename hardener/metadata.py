@@ -343,6 +343,8 @@ def release_files(source: Source) -> dict[str, int]:
     weights = weight_files(source)
     index = [] if weights[0] in (WEIGHTS, DENOISER) else [INDEX]
     others = [name for name in source.sizes if _matches(name, KEPT) and not _matches(name, LEFT)]
+    if odd := [name for name in others if not name.isprintable()]:
+        raise UnsupportedModelError(f"{source.id}: the file name {odd[0]!r} cannot stand in SHA256SUMS; rename it")
     return {name: source.sizes[name] for name in sorted({*weights, *index, *others})}
 
 

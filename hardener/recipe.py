@@ -17,6 +17,12 @@ TaskName = str
 Score = Literal["exact-match", "likelihood-gain", "likelihood", "accuracy", "denoising", "judged"]
 Preset = Literal["reduced-cpu", "quick", "standard", "thorough"]
 Gate = Literal["no-measurable-protection", "raises-cost", "protected"]
+MOST = 10**9
+"""No count of a recipe is larger: what is, was mistyped, and would fill the memory."""
+MOST_ROWS = 10**6
+"""Rows that are held at once."""
+MOST_SEED = 2**31 - 1
+"""What every generator of random numbers takes, and more than one seed after it."""
 ROLES: tuple[Role, ...] = ("restricted", "alignment", "retain", "benign", "harmless")
 
 
@@ -60,7 +66,7 @@ class Source(Strict):
         description="the uses this source serves; a source with only `evaluation` is a held-out source",
     )
     score: Score | None = Field(None, description="how a row is scored; the task's default if left out")
-    limit: int | None = Field(None, ge=1, description="take at most this many rows, drawn by the seed")
+    limit: int | None = Field(None, ge=1, le=MOST, description="take at most this many rows, drawn by the seed")
     sha256: str | None = Field(None, description="hash that a local source must have, set in resolved recipes")
 
 
@@ -92,7 +98,10 @@ class Data(Strict):
         "{prompt}\n", description="prompt text where the tokenizer has no chat template; must hold {prompt}"
     )
     max_length: int = Field(
-        256, ge=8, description="tokens per row; longer ones are cut, and rows without room for an answer left out"
+        256,
+        ge=8,
+        le=MOST,
+        description="tokens per row; longer ones are cut, and rows without room for an answer left out",
     )
     shares: tuple[float, float, float] = Field(
         (0.5, 0.25, 0.25), description="shares of defence, attack and evaluation in a source that serves them"
@@ -102,13 +111,13 @@ class Data(Strict):
         description="a row of one source that is found, exactly or nearly, in another use of another source, or a "
         "restricted prompt among retain or benign rows: refuse, or drop it",
     )
-    seed: int = Field(0, ge=0, description="decides which prompt goes to which use")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="decides which prompt goes to which use")
 
 
 class Lora(Strict):
     """Harden through a low-rank adapter, merged in float32 before saving."""
 
-    r: int = Field(ge=1)
+    r: int = Field(ge=1, le=MOST_ROWS)
     alpha: float = Field(gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
@@ -129,17 +138,19 @@ class DefenseChoice(BaseModel):
 class Train(Strict):
     """The outer loop."""
 
-    steps: int = Field(ge=1, description="outer steps")
-    batch_size: int = Field(ge=2, description="rows per effective batch")
-    grad_accumulation: int = Field(1, ge=1, description="micro-batches per batch; same gradient, less memory")
+    steps: int = Field(ge=1, le=MOST, description="outer steps")
+    batch_size: int = Field(ge=2, le=MOST_ROWS, description="rows per effective batch")
+    grad_accumulation: int = Field(
+        1, ge=1, le=MOST_ROWS, description="micro-batches per batch; same gradient, less memory"
+    )
     lr: float = Field(gt=0, description="learning rate of the outer (SOPHON: reinforcement) optimizer")
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=MOST)
     clip: float | None = Field(1.0, gt=0, description="global gradient norm; null: no clipping")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; weights stay float32")
-    seed: int = Field(0, ge=0)
-    save_every: int = Field(50, ge=1, description="outer steps between resumable states")
+    seed: int = Field(0, ge=0, le=MOST_SEED)
+    save_every: int = Field(50, ge=1, le=MOST, description="outer steps between resumable states")
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
     deterministic: bool = Field(False, description="deterministic CUDA kernels, so that a resume is bit-exact there")
 
@@ -147,7 +158,7 @@ class Train(Strict):
 class ShortTraining(Strict):
     """A few steps of AdamW; batch size, clipping and all else are as in `erase`."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MOST)
     lr: float = Field(gt=0)
 
 
@@ -168,7 +179,10 @@ class Erase(Train):
         "`layers.0.mlp`, or the parts of blocks `located` by what their removal costs",
     )
     share: float | None = Field(
-        None, gt=0, le=1, description="with `located`: parts are taken as long as they hold no more than this share of all parameters"
+        None,
+        gt=0,
+        le=1,
+        description="with `located`: parts are taken as long as they hold no more than this share of all parameters",
     )
     relearn: Literal["none"] | ShortTraining = Field(
         "none",
@@ -178,13 +192,15 @@ class Erase(Train):
     unlearn: Literal["none"] | ShortTraining = Field(
         "none", description="train the teacher first, on refusals and retain rows half and half"
     )
-    steps: int = Field(ge=0, description="distillation steps")
+    steps: int = Field(ge=0, le=MOST, description="distillation steps")
     lr: float = Field(gt=0, description="learning rate of the student's AdamW")
     temperature: float = Field(1.0, gt=0, description="softens the outputs of teacher and student alike")
     alignment_share: float = Field(
         0.25, ge=0, lt=1, description="share of alignment rows in a batch, where the recipe has that role"
     )
-    save_every: int = Field(50, ge=1, description="steps between resumable states, and between looks at `stop_at`")
+    save_every: int = Field(
+        50, ge=1, le=MOST, description="steps between resumable states, and between looks at `stop_at`"
+    )
     stop_at: float | None = Field(
         None,
         description="nats; stop once the student's loss on held-back retain rows is within so much of the teacher's",
@@ -229,24 +245,26 @@ class Probe(Strict):
     steps: int = Field(
         64,
         ge=1,
+        le=MOST,
         description="optimizer steps of an attack; on the hardened model ≥ 16 × the cost on the original",
     )
-    max_steps: int = Field(1024, ge=1, description="no attack runs longer than this")
-    batch_size: int = Field(16, ge=1)
-    attack_rows: int = Field(1000, ge=1, description="restricted rows the attacker owns")
+    max_steps: int = Field(1024, ge=1, le=MOST, description="no attack runs longer than this")
+    batch_size: int = Field(16, ge=1, le=MOST_ROWS)
+    attack_rows: int = Field(1000, ge=1, le=MOST, description="restricted rows the attacker owns")
     evaluation_rows: int = Field(
-        200, ge=8, description="held-out rows per judged source, half to select, half to report"
+        200, ge=8, le=MOST, description="held-out rows per judged source, half to select, half to report"
     )
-    utility_rows: int = Field(500, ge=8, description="held-out rows per retain source")
+    utility_rows: int = Field(500, ge=8, le=MOST, description="held-out rows per retain source")
     seeds: int = Field(
         3,
         ge=1,
+        le=MOST_ROWS,
         description="seeds of the worst two attacks (preset `standard`), or of each family's worst (`thorough`)",
     )
     epsilon: float = Field(0.10, gt=0, lt=1, description="share of general utility an attacker gives up at most")
-    benign_steps: int = Field(64, ge=1)
+    benign_steps: int = Field(64, ge=1, le=MOST)
     gate: Gate | None = Field(None, description="the verdict below which the run fails (exit 1)")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MOST_SEED)
     judges: tuple[JudgeModel, ...] = Field(
         (),
         description="at least two models of different families that judge generated answers; for the score `judged`",
@@ -255,7 +273,10 @@ class Probe(Strict):
         None, description="a classifier that tells refusals by the answer, instead of the list of openings"
     )
     answer_tokens: int = Field(
-        256, ge=1, description="new tokens per judged answer; with fewer than 256 harm may not come to show"
+        256,
+        ge=1,
+        le=MOST_ROWS,
+        description="new tokens per judged answer; with fewer than 256 harm may not come to show",
     )
     lm_eval: tuple[str, ...] = Field(
         (), description="tasks of lm-evaluation-harness, measured before any attack; needs `pip install hardener[eval]`"

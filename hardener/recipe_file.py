@@ -178,7 +178,7 @@ def _override(draft: _Draft, override: str) -> None:
     """Write the value of "key.path=value" into the draft, or note why not."""
     path, equals, text = override.partition("=")
     parts = path.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(parts) or parts[0].isdecimal():
         draft.refuse(override, "must be key.path=value, e.g. train.steps=100")
         return
     try:

@@ -118,7 +118,8 @@ def rows_of(role: str, index: int, source: Source, task: Task, seed: int) -> Ite
     columns = source.columns or _guess(task, have)
     if columns is None:
         wanted = " or ".join("+".join(fields) for fields in task.fields)
-        raise DataError(f"{where}: needs {wanted}, has columns {sorted(have)}; map them with `columns`")
+        header = " (the first line of a table names them)" if _suffix(source.dataset) in (".csv", ".tsv") else ""
+        raise DataError(f"{where}: needs {wanted}, has columns {sorted(have)}{header}; map them with `columns`")
     needed = {name for column in columns.values() for name in placeholders(column)} | set(source.where)
     if missing := sorted(needed - have):
         raise DataError(f"{where}: column {', '.join(missing)} is missing; it has {', '.join(sorted(have))}")
@@ -262,6 +263,9 @@ def _from_disk(source: Source, where: str) -> Any:
     from datasets import load_dataset
 
     path, suffix = _path(source), _suffix(source.dataset)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if FORMATS.get(file.suffix.lower()) == "json" and file.is_file() and (number := null_line(file)):
+            raise DataError(f"{where}: line {number} of {file.name} is null; a row is an object")
     literally = glob.escape(str(path))  # `datasets` takes paths for patterns
     if path.is_dir():
         if literally != str(path):
@@ -269,8 +273,6 @@ def _from_disk(source: Source, where: str) -> Any:
         return load_dataset(str(path), split=source.split)
     if suffix not in FORMATS:
         raise DataError(f"{where}: {path.name} is none of {', '.join(FORMATS)}, and no folder")
-    if FORMATS[suffix] == "json" and (number := null_line(path)):
-        raise DataError(f"{where}, line {number}: a row is an object, not null")
     options = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
     return load_dataset(FORMATS[suffix], data_files=literally, split="train", **options)
 

@@ -387,6 +387,7 @@ def test_an_override_reaches_its_key(write: Any, override: str, path: str, value
         ("train.steps", "must be key.path=value, e.g. train.steps=100"),
         ("=3", "must be key.path=value"),
         ("train..steps=3", "must be key.path=value"),
+        ("0.steps=3", "must be key.path=value"),
         ("train.step=3", "train.step: unknown key; did you mean train.steps?"),
         ("train.steps=many", "train.steps: should be a whole number, not 'many'"),
         ("train.steps.x=1", "train.steps: should be a whole number, not {'x': 1}"),
