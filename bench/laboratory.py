@@ -38,26 +38,37 @@ from hardener.report import Interval, Report
 Kind = TypeVar("Kind")
 UNDEFENDED = ("defense=none", "train=null")
 ROLLOUT = "defense={name: ctrap-rollout, inner_lr: [1.0e-4, 1.0e-3]}"
+ADAPTIVE = "defense={name: ctrap-adaptive}"
+LOCATED = "alpha: 1.0, modules: located, share: 0.2, relearn: {steps: 48, lr: 3.0e-4}"
+TENTH = "steps: 640, batch_size: 16"
+"""Distillation on a tenth of the tokens that the parent was trained on."""
+THIRD = "steps: 600, batch_size: 64"
 
 
-def erasure(alpha: float, modules: str = "modules: all") -> str:
+def erasure(what: str, budget: str = TENTH) -> str:
     """The override that erases before the defence."""
-    how = "steps: 600, batch_size: 64, lr: 2.0e-3, schedule: linear, save_every: 50, stop_at: 0.02"
-    return f"erase={{alpha: {alpha}, {modules}, {how}}}"
+    return f"erase={{{what}, {budget}, lr: 2.0e-3, schedule: linear, alignment_share: 0.1, save_every: 100}}"
 
 
-LOCATED = "modules: located, share: 0.2, relearn: {steps: 16, lr: 1.0e-3}"
+EVERYWHERE = erasure("alpha: 0.95")
+THERE = erasure(LOCATED)
 ARMS: dict[str, tuple[str, ...]] = {
     "sft": ("defense.lam=0.0",),
+    "random": ("defense.direction=random",),
     "ctrap": (),
     "ctrap-rollout": (ROLLOUT,),
-    "erase-0.5": (erasure(0.5), *UNDEFENDED),
-    "erase-0.85": (erasure(0.85), *UNDEFENDED),
-    "erase-0.95": (erasure(0.95), *UNDEFENDED),
-    "erase-located-0.2": (erasure(0.95, LOCATED), *UNDEFENDED),
-    "erase+ctrap-rollout": (erasure(0.85), ROLLOUT),
+    "ctrap-adaptive": (ADAPTIVE,),
+    "erase-0.5": (erasure("alpha: 0.5"), *UNDEFENDED),
+    "erase-0.85": (erasure("alpha: 0.85"), *UNDEFENDED),
+    "erase-0.95": (EVERYWHERE, *UNDEFENDED),
+    "erase-0.95-third": (erasure("alpha: 0.95", THIRD), *UNDEFENDED),
+    "erase-located": (THERE, *UNDEFENDED),
+    "erase-0.95+ctrap-rollout": (EVERYWHERE, ROLLOUT),
+    "erase-0.95+ctrap-adaptive": (EVERYWHERE, ADAPTIVE),
+    "erase-located+ctrap-adaptive": (THERE, ADAPTIVE),
 }
-"""Arm → what it overrides in the bed's recipe. `sft` is the control: the same rows, steps and rate without a trap."""
+"""Arm → what it overrides in the bed's recipe. Two controls have the same rows, steps and rate: `sft` without a trap,
+`random` with a trap along a random direction of the same length."""
 NEVER = "never"
 ASKED_FOR = "full, lora, relative, mixed, mixed-90, benign-loss, kl, harm-then-repair"
 PROBES: dict[str, tuple[str, ...]] = {

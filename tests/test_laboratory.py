@@ -257,7 +257,7 @@ def test_tokens_are_those_of_the_erasure_and_of_every_pass_of_the_hardening(bed:
     assert report.training is not None
     after = report.model_copy(update={"training": report.training.model_copy(update={"erased": erased})})
     assert share("erase-0.85", after) == 0.05
-    assert share("erase+ctrap-rollout", after) == 0.05 + 400 * 11 * 16 * 10 / 1e6
+    assert share("erase-0.95+ctrap-rollout", after) == 0.05 + 400 * 11 * 16 * 10 / 1e6
     assert share("ctrap", sample_report.compared()) is None
 
 
