@@ -48,9 +48,20 @@ TASK_TYPES = {
     "causal-lm": "text-generation",
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
+    "unconditional-diffusion": "unconditional-image-generation",
 }
 
+MEASURES = {
+    "likelihood-gain": "NLL, nats per token",
+    "likeness": "likeness of samples to the rows (sliced Wasserstein; grey squares: 0)",
+}
+"""Scores whose names say too little."""
+
+SAMPLES = "samples.png"
+"""What a diffusion model draws; no report can bring it back, so it is made while the models are there."""
 ALT = {
+    SAMPLES: "Held-out images of the original domain, as they are (top), and brought back from noise by the original "
+    "(middle) and by this model (bottom)",
     "curves.png": "Restricted-task score against attack steps, one panel per attack",
     "heatmap.png": "Best usable score of each attack at each learning rate",
     "families.png": "Worst-case score and cost multiplier of each attack",
@@ -286,7 +297,7 @@ def _beside_table(report: Report) -> Markdown:
     rows = [
         (
             short(b.source) if b.source.startswith("local:") else b.source,
-            "NLL, nats per token" if b.score == "likelihood-gain" else b.score,
+            MEASURES.get(b.score, b.score),
             "–" if b.original is None else f"{b.original:.2f} → {b.original_attacked:.2f}",
             f"{b.hardened:.2f} → {b.hardened_attacked:.2f}",
             "–" if b.gain is None else f"{b.gain:.2f}",

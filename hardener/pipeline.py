@@ -239,6 +239,7 @@ def _line(
 
     say.stage("Attacking the release")
     hardened = stages.after(bench, run.release, folder, original, chosen, run, say)
+    stages.picture(bench, folder, run.release, run)
 
     say.stage("Writing report and card")
     evidence = stages.judge(bench, original, hardened, scratch, chosen)
@@ -330,6 +331,8 @@ def probe(
                 scratch = stages.before("scratch", bench, original_folder, families, run, say)
         say.stage(f"Attacking {ref.id}")
         hardened = stages.after(bench, folder, original_folder, original, families, run, say)
+        if against is not None:
+            stages.picture(bench, original_folder, folder, run)
         evidence = stages.judge(bench, original, hardened, scratch, families)
         report = stages.report(
             run,

@@ -32,7 +32,8 @@ def write(run: RunFolder, recipe: Recipe, report: Report, parent: Path) -> None:
     beside.mkdir(parents=True, exist_ok=True)
     files.write_text(beside / "report.json", report.model_dump_json(indent=1) + "\n")
     files.write_text(beside / "recipe.yaml", recipe_file.dump(sources.published(recipe)))
-    names = tuple(f"hardener/{name}" for name in plots.draw(report, beside))
+    drawn = [*plots.draw(report, beside), *([card.SAMPLES] if (beside / card.SAMPLES).is_file() else [])]
+    names = tuple(f"hardener/{name}" for name in drawn)
     readme = parent / "README.md"
     parent_card = readme.read_text("utf-8", errors="replace") if readme.is_file() else None
     mine = run.request.get("card_template")

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NAME = "samples.png"
-"""The picture in a release, beside the plots."""
 SAMPLES = 64
 STEPS = 25
 """Steps in which a sample is made, evenly spaced over those of the schedule."""

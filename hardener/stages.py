@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import hardener
-from hardener import checkpoint, data, erase, evidence, files, loop, metadata, registry, sources
+from hardener import card, checkpoint, data, erase, evidence, files, loop, metadata, registry, sources
 from hardener.attacks.families import SCREENS, Family
 from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.checks import BUDGET_FACTOR, NO_ATTACK
@@ -304,6 +304,17 @@ def after(
         measurement = with_norm_ratio(measurement, folder, original_folder)
     files.write_text(run.probe / "hardened.json", measurement.model_dump_json())
     return measurement
+
+
+def picture(bench: Bench, original: Path, folder: Path, run: RunFolder) -> None:
+    """Put beside the evidence what both models make of held-out retain rows, where the task draws.
+
+    No restricted row, and nothing that an attacked model makes, is ever shown.
+    """
+    drawn = bench.task.picture((original, folder), bench.streams.rows("retain", "evaluation"), bench.device)
+    if drawn is not None:
+        (run.release / "hardener").mkdir(parents=True, exist_ok=True)
+        drawn.save(run.release / "hardener" / card.SAMPLES)
 
 
 def budgeted(bench: Bench, original: Measurement, families: tuple[Family, ...]) -> tuple[Family, ...]:

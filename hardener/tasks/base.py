@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from hardener.attacks.families import Kind
 from hardener.errors import UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +125,9 @@ class Task(ABC):
         """Further measures of a model on all these rows together, higher for more skill; reported, not judged."""
         return {}
 
-    def strips(self, models: Sequence[nn.Module], examples: Sequence[Example]) -> list[Tensor]:
-        """Pictures of these rows and of what each model makes of them, (n, C, H, W) in −1…1; empty if it makes none."""
-        return []
+    def picture(self, folders: Sequence[Path], examples: Sequence[Example], device: str) -> Image | None:
+        """These rows, and below them what the model of each folder makes of them; None of tasks that draw nothing."""
+        return None
 
     def load(self, folder: Path, **config: Any) -> nn.Module:
         """Load a checkpoint folder in float32 with dropout off: safetensors only, remote code never.

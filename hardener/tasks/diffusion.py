@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from hardener import samples
 from hardener.errors import UnsupportedModelError, UsageError
 from hardener.tasks.base import Batch, Example, Task, key_of, loadable, switch_dropout_off
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 UNET, SCHEDULER = "unet", "scheduler"
 """Where a pipeline keeps its denoiser and its noise schedule."""
@@ -189,13 +192,11 @@ class UnconditionalDiffusion(Task):
         start = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
         return {"likeness": samples.likeness(samples.sample(model, self.scheduler, start), rows)}
 
-    def strips(self, models: Sequence[nn.Module], examples: Sequence[Example]) -> list[Tensor]:
-        """Images, and what each model brings back of them from the noise of a quarter of the schedule.
-
-        (SHOWN, C, H, W) each.
-        """
+    def picture(self, folders: Sequence[Path], examples: Sequence[Example], device: str) -> Image:
+        """Images, and what each model brings back of them from the noise of a quarter of the schedule."""
         shown = self.pixels(examples[:SHOWN])
         step = self.scheduler.config.num_train_timesteps // 4
         noise = torch.stack([self.own_noise(e) for e in examples[:SHOWN]])
         noised = self.noised(shown, noise, torch.full((len(shown),), step)).inputs["sample"]
-        return [shown, *(samples.sample(model, self.scheduler, noised, step) for model in models)]
+        models = (self.load(folder).to(device).eval() for folder in folders)
+        return samples.picture([shown, *(samples.sample(model, self.scheduler, noised, step) for model in models)])
