@@ -23,6 +23,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "ctrap-rollout": "hardener.defenses.ctrap_rollout:CtrapRollout",
         "ctrap-adaptive": "hardener.defenses.ctrap_adaptive:CtrapAdaptive",
         "sophon": "hardener.defenses.sophon:Sophon",
+        "sophon-wide": "hardener.defenses.sophon_wide:SophonWide",
     },
     "attacks": {
         "full": "hardener.attacks.families:FULL",

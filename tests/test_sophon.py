@@ -1,8 +1,13 @@
-"""SOPHON's borders: no walk, no suppression, and a floor from which the weights go back exactly."""
+"""SOPHON: what it reduces to, the floor from which weights go back exactly, and the population of attackers."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +18,10 @@ from test_loop import Stop, same, train
 
 from hardener import recipe_file
 from hardener.defenses import configs
+from hardener.defenses.sophon_wide import OPTIMIZERS, Adapter
 from hardener.errors import RecipeError
-from hardener.losses import SUPPRESSION, cross_entropy
+from hardener.losses import SUPPRESSION, cross_entropy, divergence
+from hardener.recipe import Lora
 from hardener.state import States
 
 BEDS = {"image": ("resnet", "image_paths"), "text": ("bert", "text_paths"), "lm": ("letters", "paths")}
@@ -120,7 +127,7 @@ def test_the_look_ahead_leaves_normalisation_and_randomness_as_they_were(sophon,
     assert torch.equal(torch.get_rng_state(), noise)
 
 
-@pytest.mark.parametrize("loss", SUPPRESSION)
+@pytest.mark.parametrize("loss", [name for name in SUPPRESSION if name != "dos"])
 def test_a_language_model_is_suppressed_by_any_loss(sophon, loss):
     """Against K copies of the model, each a step of plain SGD further."""
     settings = ("defense.inner_steps=2", "defense.inner_lr=0.05", f"defense.suppression={loss}")
@@ -292,3 +299,277 @@ def test_the_point_to_go_back_to_is_in_the_resumable_state(chosen, tmp_path: Pat
     weights = {key: value for key, value in tensors.items() if key.startswith("weight/")}
     kept = [tensors[f"optimizer/kept/{i}/weight"] for i in range(len(weights))]
     assert all(any(torch.equal(value, other) for other in kept) for value in weights.values())
+
+
+# --- a population of attackers ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wide(chosen):
+    """A small recipe of SOPHON against a population: (recipe, folder of the model)."""
+
+    def make(bed: str, *more: str, **settings: object):
+        own = {
+            "name": "sophon-wide",
+            "inner_steps": [2, 4],
+            "inner_batches": [4, 8],
+            "query_batch": 4,
+            "query_every": 2,
+        }
+        floor = {"floor_by": "loss", "floor": 0.01}
+        return chosen(bed, "defense=" + json.dumps(own | floor | settings), *more)
+
+    return make
+
+
+def test_every_outer_step_draws_another_attacker_and_the_same_one_again(wide):
+    """By the seed, the number of the step and the scores, and by nothing else."""
+
+    def attackers(seed: int, memory: dict[str, float]):
+        defense, outer = small.defended(*wide("image", f"train.seed={seed}"))
+        outer.memory.update(memory)
+        torch.rand(seed + 3)
+        drawn = []
+        for outer.number in range(1, 9):
+            found = defense.draw(outer)
+            drawn.append((*found.names.values(), found.rate, found.batch, found.steps, found.warm_up))
+        return drawn
+
+    first = attackers(0, {})
+    assert first == attackers(0, {})
+    assert len(set(first)) == len(first)
+    assert first != attackers(1, {})
+    beaten = {f"won/head {head}": score for head, score in (("kept", 0.0), ("fresh", 1.0))}
+    assert first != attackers(0, beaten)
+
+
+def test_rates_cover_at_least_three_decades_for_each_optimizer_in_pieces_that_meet(wide):
+    defense, outer = small.defended(*wide("image"))
+    for optimizer in ("sgd-momentum", "nesterov", "adamw", "adagrad", "adadelta"):
+        bands = [(low, high) for name, low, high in defense.bands().values() if name == optimizer]
+        assert bands[-1][1] / bands[0][0] >= 999
+        assert all(high == pytest.approx(low) for (_, high), (low, _) in itertools.pairwise(bands))
+    for outer.number in range(1, 40):
+        found = defense.draw(outer)
+        low, high = defense.config.rates[found.optimizer]
+        assert low <= found.rate <= high
+        assert 2 <= found.steps <= 4
+        assert found.batch in (4, 8)
+
+
+def test_who_wins_is_drawn_again_and_who_diverged_is_not(wide):
+    """SGD at 1e4 ends nowhere; the other learns."""
+    rates = {"sgd-momentum": [1e4, 1e4], "adamw": [1e-3, 1e-3]}
+    settings = {"rates": rates, "heads": ["fresh"], "scopes": ["all"], "suppression": "ice", "inner_steps": [8, 8]}
+    defense, outer = small.defended(*wide("text", **settings))
+    for outer.number in range(1, 13):
+        defense.step(outer)
+    won = {name: outer.memory[f"won/rate {name}"] for name in defense.bands()}
+    assert won["sgd-momentum 1.0e+04"] < won["adamw 1.0e-03"]
+    drawn = [defense.draw(outer).optimizer for outer.number in range(100, 160)]
+    assert drawn.count("adamw") > drawn.count("sgd-momentum") > 0
+
+
+def test_an_attacker_that_diverges_suppresses_nothing(wide):
+    settings = {"rates": {"sgd": [1e30, 1e30]}, "scopes": ["all"], "warm_up": [0, 0], "inner_steps": [4, 4]}
+    defense, outer = small.defended(*wide("image", **settings))
+    before = state(outer.model)
+    outer.optimizers["reinforce"].param_groups[0]["lr"] = 0.0
+    defense.reinforce = lambda *_: None
+    log = defense.step(outer)
+    assert log["won"] == 0.0
+    assert same(outer.model.state_dict(), before)
+
+
+@pytest.mark.parametrize("head", ["kept", "fresh"])
+@pytest.mark.parametrize("optimizer", ["sgd-momentum", "adamw", "adadelta"])
+def test_the_gradient_of_a_wide_walk_is_the_mean_over_its_looks(wide, optimizer, head):
+    """Against a plain attack on a copy, after a warm-up on the original task with the model's own head."""
+    settings = {"rates": {optimizer: [0.01, 0.01]}, "heads": [head], "scopes": ["all"], "inner_steps": [4, 4]}
+    settings |= {"warm_up": [2, 2], "inner_batches": [8], "suppression": "ice", "suppression_clip": None}
+    defense, outer = double(wide("text", **settings))
+    start, seen = copy.deepcopy(outer.model), Recorded(outer)
+    make = OPTIMIZERS[optimizer]
+    torch.manual_seed(3)
+    log = defense.step(outer)
+    warm = [rows for role, rows in seen.drawn if role == "retain"][:2]
+    drawn = [rows for role, rows in seen.drawn if role == "restricted"]
+    batches, queries = [drawn[i] for i in (0, 1, 3, 4)], {1: drawn[2], 3: drawn[5]}
+    walk(outer, start, make(start.parameters(), 0.01), warm)
+    own = [p for name, p in start.named_parameters() if name not in outer.task.head(start)]
+    torch.manual_seed(3)
+    total = None
+    with outer.task.fresh_head(start, 3) if head == "fresh" else nullcontext():
+        phi = make(start.parameters(), 0.01)
+        for k, rows in enumerate(batches):
+            walk(outer, start, phi, [rows])
+            if k in queries:
+                here = gradients_of(outer, start, own, "ice", queries[k])
+                total = here if total is None else [t + h for t, h in zip(total, here, strict=True)]
+    names = [name for name, _ in outer.model.named_parameters() if name not in outer.task.head(outer.model)]
+    found = dict(zip(dict(outer.model.named_parameters()), seen.gradients["suppress"], strict=True))
+    close([found[name] for name in names], [t / 2 for t in total], 1e-5)
+    assert 0 < log["won"] < 1
+
+
+def double(recipe):
+    """A defence on float64 weights: (defense, outer)."""
+    defense, outer = small.defended(*recipe)
+    outer.model.double()
+    if outer.origin is not None:
+        outer.origin.double()
+    outer.optimizers = defense.optimizers(outer.params)
+    targets = outer.task.targets
+    outer.task.targets = lambda model, batch: targets(model, widened(batch))
+    return defense, outer
+
+
+def walk(outer, model, optimizer, batches) -> None:
+    """Plain training on `model`."""
+    for rows in batches:
+        for p, g in zip(model.parameters(), gradient(outer.task, model, cross_entropy, rows), strict=True):
+            p.grad = g
+        optimizer.step()
+
+
+def gradients_of(outer, model, params, loss: str, rows) -> list[torch.Tensor]:
+    found = torch.autograd.grad(SUPPRESSION[loss](*outer.task.targets(model, outer.task.collate(rows))), params)
+    return list(found)
+
+
+@pytest.mark.parametrize("scope", ["all", "head", "lora"])
+@pytest.mark.parametrize("bed", ["image", "text", "lm"])
+def test_an_attacker_trains_what_it_is_said_to(wide, bed, scope):
+    if (bed, scope) == ("lm", "head"):
+        return
+    defense, outer = small.defended(*wide(bed, scopes=[scope], heads=["fresh"], rates={"adamw": [0.01, 0.01]}))
+    before = {name: p.detach().clone() for name, p in outer.model.named_parameters()}
+    moved: set[str] = set()
+    forward = outer.model.forward
+
+    def watching(*args, **kwargs):
+        moved.update(n for n, p in outer.model.named_parameters() if n in before and not torch.equal(p, before[n]))
+        return forward(*args, **kwargs)
+
+    outer.model.forward = watching
+    attacker = defense.draw(outer)
+    defense.walk(outer, replace(attacker, warm_up=0), {})
+    head = set(outer.task.head(outer.model))
+    if scope == "head":
+        assert moved == head
+        return
+    assert head <= moved
+    body = moved - head
+    plain = {n for n in body if before[n].dim() < 2}
+    assert body
+    assert bool(plain) == (scope == "all")
+    assert not any(n.startswith("lm_head") for n in body) or scope == "all"
+
+
+def test_a_simulated_lora_on_convolutions_is_pefts(wide):
+    """Three steps of AdamW on the factors, started alike."""
+    from peft import LoraConfig, get_peft_model
+
+    conv = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Flatten(), torch.nn.Linear(4 * 16, 5))
+    twin = get_peft_model(copy.deepcopy(conv), LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"]))
+    weights = [conv[0].weight, conv[2].weight]
+    make = OPTIMIZERS["adamw"]
+    adapter = Adapter(weights, lambda ab: make(ab, 0.05), Lora(r=2, alpha=4), torch.Generator().manual_seed(0))
+    layers = [twin.base_model.model[0], twin.base_model.model[2]]
+    with torch.no_grad():
+        for layer, (_, _, a) in zip(layers, adapter.factors, strict=True):
+            layer.lora_A["default"].weight.copy_(a.view_as(layer.lora_A["default"].weight))
+    theirs = make([p for p in twin.parameters() if p.requires_grad], 0.05)
+    x, y = torch.randn(6, 3, 6, 6), torch.arange(6) % 5
+    for _ in range(3):
+        for model, optimizer in ((conv, adapter), (twin, theirs)):
+            model.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+    merged = twin.merge_and_unload()
+    close([w.detach() for w in weights], [merged[0].weight.detach(), merged[2].weight.detach()], 1e-5)
+
+
+def test_reinforcement_adds_the_divergence_from_the_model_as_it_came(wide):
+    """∇[L + κ·KL(f₀‖f)], f₀ in its own mode: on a model that was moved away, the second term pulls it back."""
+    defense, outer = double(wide("image", distil=0.7, reinforcement_steps=1))
+    came = copy.deepcopy(outer.model).eval()
+    with torch.no_grad():
+        for p in outer.params:
+            p.add_(torch.randn_like(p), alpha=0.05)
+    start, seen = copy.deepcopy(outer.model), Recorded(outer)
+    defense.reinforce(outer, {})
+    rows = outer.task.collate(seen.rows("retain"))
+    logits, labels = outer.task.targets(start, rows)
+    with torch.no_grad():
+        told, _ = outer.task.targets(came, rows)
+    loss = cross_entropy(logits, labels) + 0.7 * divergence(told, logits, 1.0)
+    close(seen.gradients["reinforce"], list(torch.autograd.grad(loss, list(start.parameters()))), 1e-9)
+
+
+def test_no_parent_is_kept_where_nothing_is_distilled(wide):
+    defense, outer = small.defended(*wide("text", distil=0.0))
+    assert outer.origin is None
+    assert "retain alone" not in defense.step(outer)
+
+
+def test_below_the_floor_alpha_is_halved_and_training_goes_on(wide):
+    settings = {"floor": 0.9, "floor_every": 1, "alpha_lr": 0.04}
+    defense, outer = small.defended(*wide("image", "train.steps=20", **settings))
+    before = state(outer.model)
+    outer.number = 1
+    reinforce = defense.reinforce
+    defense.reinforce = lambda outer, log: (reinforce(outer, log), shake(outer))
+    log = defense.step(outer)
+    outer.advance()
+    assert log["alpha"] == 0.02
+    assert same(outer.model.state_dict(), before)
+    assert not outer.optimizers["suppress"].state
+    assert outer.optimizers["suppress"].param_groups[0]["lr"] == 0.02
+    assert outer.optimizers["reinforce"].param_groups[0]["lr"] == defense.train.lr
+    defense.reinforce = reinforce
+    outer.number = 2
+    assert "stopped" not in defense.step(outer)
+
+
+def shake(outer) -> None:
+    with torch.no_grad():
+        for p in outer.params:
+            p.add_(torch.randn_like(p), alpha=10.0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"floor": 0.97, "floor_every": 1, "alpha_lr": 0.3}])
+def test_a_wide_run_goes_on_with_the_same_bits(wide, tmp_path: Path, settings):
+    """Attackers, their scores, the model as it came, the floor and the halved α are the same ones."""
+    recipe, folder = wide("image", "train.steps=6", "train.schedule=cosine", **settings)
+    straight = train(recipe, folder, tmp_path / "straight")
+    assert any("alpha" in point for point in straight[1]) == bool(settings)
+    with pytest.raises(Stop):
+        train(recipe, folder, tmp_path / "broken", stop_after=3)
+    torch.rand(5)
+    resumed = train(recipe, folder, tmp_path / "broken")
+    assert same(resumed[0], straight[0])
+    assert resumed[1] == straight[1]
+
+
+def test_a_language_model_has_no_head_to_draw(wide):
+    defense, outer = small.defended(*wide("lm", suppression="negative-entropy"))
+    members = {kind: set(population.members) for kind, population in defense.populations(outer).items()}
+    assert members["head"] == {"head kept"}
+    assert members["scope"] == {"scope all", "scope lora"}
+    assert math.isfinite(defense.step(outer)["suppression"])
+    defense, outer = small.defended(*wide("lm", scopes=["head"]))
+    with pytest.raises(RecipeError, match="no attacker is left"):
+        defense.step(outer)
+
+
+@pytest.mark.parametrize("settings", [{"inner_steps": [4, 2]}, {"warm_up": [2, 1]}, {"rates": {"adamw": [1e-2, 1e-3]}}])
+def test_ends_of_a_range_stand_in_order(wide, settings):
+    with pytest.raises(RecipeError, match="the lower end comes first"):
+        wide("text", **settings)
+
+
+def test_passes_and_rows_of_a_wide_step_are_those_of_its_mean_walk():
+    config = configs.SophonWideConfig(inner_steps=(10, 30), inner_batches=(8, 24), warm_up=(0, 4), query_every=5)
+    assert config.passes == 22 + 4 + 2
+    assert config.rows(10) == 22 * 16 + 4 * 32 + 20

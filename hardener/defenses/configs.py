@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hardener.defenses.settings import Settings
-from hardener.defenses.sophon_configs import SophonConfig
+from hardener.defenses.sophon_configs import SophonConfig, SophonWideConfig
 from hardener.defenses.trap_configs import CtrapAdaptiveConfig, CtrapConfig, CtrapRolloutConfig
 
 CONFIGS: dict[str, type[Settings]] = {
@@ -11,4 +11,5 @@ CONFIGS: dict[str, type[Settings]] = {
     "ctrap-rollout": CtrapRolloutConfig,
     "ctrap-adaptive": CtrapAdaptiveConfig,
     "sophon": SophonConfig,
+    "sophon-wide": SophonWideConfig,
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from statistics import mean
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic_core import PydanticCustomError
 
 from hardener.defenses.settings import Settings
 from hardener.recipe import Paper
@@ -87,3 +90,92 @@ class SophonConfig(Guarded):
     def passes(self) -> int:
         """Two per simulated step, one per reinforcement step."""
         return max(1, 2 * self.inner_steps) * self.suppression_steps + self.reinforcement_steps
+
+
+Optimizers = Literal["sgd", "sgd-momentum", "nesterov", "adamw", "adagrad", "adadelta"]
+RATES: dict[Optimizers, tuple[float, float]] = {
+    "sgd-momentum": (1e-4, 1e-1),
+    "nesterov": (1e-4, 1e-1),
+    "adamw": (1e-5, 1e-2),
+    "adagrad": (1e-4, 1e-1),
+    "adadelta": (1e-2, 1e1),
+}
+"""Three decades each, about where each of them learns."""
+
+
+class SophonWideConfig(Guarded):
+    """SOPHON against a population: each outer step simulates another attacker, drawn with preference for who wins.
+
+    Drawn are optimizer and rate, the head (kept or fresh), what is trained (all weights, the head, a LoRA), batch,
+    number of steps and a warm-up on the retain task. Suppression as in `sophon`, at every `query_every`-th step;
+    reinforcement adds κ·KL(parent‖model) to the loss of the retain task. Below `floor` the weights go back to the
+    last look and α is halved. An extension of arXiv 2404.12699, not part of it.
+    """
+
+    title: ClassVar[str] = "SOPHON against a population of attackers (an extension)"
+    paper: ClassVar[Paper] = SophonConfig.paper
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "sequence-classification", "causal-lm")
+
+    floor: float | None = Field(
+        0.98,
+        gt=0,
+        lt=1,
+        description="least share of the first score that held-back retain rows must stay above; null: no floor",
+    )
+    suppression: Suppression = Field("klu", description="suppression loss, as in `sophon`")
+    alpha_lr: float = Field(3e-4, ge=0, description="α, learning rate of the suppression loop's own Adam")
+    suppression_clip: float | None = Field(
+        0.5, gt=0, description="global norm of the suppression gradient; null: no clipping"
+    )
+    reinforcement_steps: int = Field(2, ge=1, description="l_NTR, reinforcement steps per outer step")
+    distil: float = Field(1.0, ge=0, description="κ, weight of KL(parent‖model) on retain rows; 0: no parent is kept")
+    rates: dict[Optimizers, tuple[PositiveFloat, PositiveFloat]] = Field(
+        RATES, min_length=1, description="optimizer → lowest and highest rate, cut into decades that are drawn from"
+    )
+    heads: tuple[Literal["kept", "fresh"], ...] = Field(
+        ("kept", "fresh"), min_length=1, description="heads of simulated attackers; of a language model always kept"
+    )
+    scopes: tuple[Literal["all", "head", "lora"], ...] = Field(
+        ("all", "head", "lora"),
+        min_length=1,
+        description="what simulated attackers train; a language model has no head",
+    )
+    inner_steps: tuple[PositiveInt, PositiveInt] = Field((10, 50), description="least and most steps K, drawn evenly")
+    inner_batches: tuple[PositiveInt, ...] = Field(
+        (8, 32, 128), min_length=1, description="restricted rows per simulated step, one of these"
+    )
+    warm_up: tuple[NonNegativeInt, NonNegativeInt] = Field(
+        (0, 4), description="least and most steps on retain rows before the walk, drawn evenly"
+    )
+    query_every: int = Field(4, ge=1, description="m, simulated steps between two suppression gradients")
+    query_batch: int = Field(32, ge=1, description="restricted rows per suppression gradient")
+
+    @field_validator("inner_steps", "warm_up")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value[0] > value[1]:
+            raise PydanticCustomError("range", "the lower end comes first")
+        return value
+
+    @field_validator("rates")
+    @classmethod
+    def _rates_in_order(cls, value: dict[Optimizers, tuple[float, float]]) -> dict[Optimizers, tuple[float, float]]:
+        if any(low > high for low, high in value.values()):
+            raise PydanticCustomError("range", "the lower end comes first")
+        return value
+
+    def rows(self, batch_size: int) -> int:
+        """At the mean length, batch and warm-up of the population."""
+        batch = mean(self.inner_batches)
+        walk = (mean(self.inner_steps) + mean(self.warm_up)) * batch + self.looks * self.query_batch
+        return round(walk) + self.reinforcement_steps * batch_size
+
+    @property
+    def looks(self) -> int:
+        """Suppression gradients of a walk of mean length."""
+        return math.ceil(mean(self.inner_steps) / self.query_every)
+
+    @property
+    def passes(self) -> int:
+        """One per simulated step, per look and per reinforcement step, at the mean length of a walk."""
+        return round(mean(self.inner_steps) + mean(self.warm_up)) + self.looks + self.reinforcement_steps
