@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +17,19 @@ import pytest
 import small
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.optim import SGD
 
 from hardener import loop, registry
+from hardener import report as reports
 from hardener.defenses import configs
-from hardener.group import ALONE, Group, full
+from hardener.errors import LostError
+from hardener.group import ALONE, Group, buckets, full
 from hardener.losses import cross_entropy, probability
+from hardener.processes import ALONE as NO_OTHERS
+from hardener.processes import _code, world
 from hardener.recipe import Recipe
-from hardener.state import States
+from hardener.state import States, _read
 
 WAYS = ("whole", "sharded")
 """How weights lie: a copy in each process, or spread over both."""
@@ -168,8 +181,156 @@ def test_two_processes_go_on_with_the_same_bits(two, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_process_goes_on_from_the_state_of_two(recipes, letters, two, tmp_path, way):
-    import shutil
-
     shutil.copytree(two["out"] / way / "adamw" / "step-000003", tmp_path / "step-000003")
     weights, log = trained(recipes["ctrap"], letters, ALONE, tmp_path)
     near((weights, log), two[way]["adamw"], rtol=1e-3, atol=1e-5)
+
+
+def test_messages_hold_what_fits_and_one_type(monkeypatch):
+    monkeypatch.setattr("hardener.group.BUCKET", 6)
+    sizes = [(2, torch.float32), (4, torch.float32), (1, torch.float32), (9, torch.float32), (3, torch.float64)]
+    cut = list(buckets([torch.zeros(n, dtype=dtype) for n, dtype in sizes]))
+    assert [[tensor.numel() for tensor in bucket] for bucket in cut] == [[2, 4], [1], [9], [3]]
+
+
+def test_without_a_launcher_there_is_one_process():
+    assert world() is NO_OTHERS
+
+
+@pytest.mark.parametrize(("codes", "code"), [({0: 4, 1: -15}, 4), ({1: 5}, 5), ({0: 143, 1: 5}, 143), ({0: 1}, 1)])
+def test_the_exit_code_is_that_of_the_first_process_that_failed(codes, code):
+    assert _code(codes, 2) == code
+
+
+def test_a_killed_process_is_a_lost_one_whatever_the_others_ended_with():
+    with pytest.raises(LostError, match=r"process 1 of 2 was lost \(SIGKILL\)") as caught:
+        _code({0: 5, 1: -9}, 2)
+    assert caught.value.exit_code == 5
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """`hardener harden` in processes of their own, killed with whatever they started."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *words: object, **variables: str) -> subprocess.Popen[str]:
+        environment = small.environment(self.home, HARDENER_CACHE=os.environ["HARDENER_CACHE"], **variables)
+        process = subprocess.Popen(
+            [*map(str, words)],
+            env=environment,
+            cwd=self.home,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+
+@pytest.fixture
+def runs(tmp_path):
+    made = Runs(tmp_path)
+    yield made
+    for process in made.started:
+        for pid in [*of_rank(process.pid, 0), *of_rank(process.pid, 1), process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def of_rank(parent: int, rank: int) -> list[int]:
+    """The process of this number that another one launched."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    pids = children.read_text().split() if children.exists() else []
+    return [int(pid) for pid in pids if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{pid}/environ').read_text()}"]
+
+
+def soon(ready: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def harden(letters: Path, paths: dict[str, Path], output: Path, *more: str) -> list[object]:
+    chosen = [word for one in small.overrides(paths, *more) for word in ("--set", one)]
+    return ["harden", letters, "--recipe", "tiny-ctrap", *chosen, "--device", "cpu", "--output", output]
+
+
+LONG = ("train.steps=400", "train.save_every=2")
+
+
+def test_a_killed_process_ends_the_run_with_exit_5_and_a_whole_state(runs, letters, paths, tmp_path):
+    output = tmp_path / "run"
+    process = runs.start(*small.command(*harden(letters, paths, output, *LONG), "--num-processes", 2))
+    soon(lambda: len(States(output / "state").all()) > 1, process)
+    os.kill(of_rank(process.pid, 1)[0], signal.SIGKILL)
+    told = process.communicate(timeout=90)[1]
+    assert process.returncode == 5, told
+    assert "process 1 of 2 was lost (SIGKILL)" in told
+    assert f"go on with: hardener harden --resume {output}" in told
+    assert any(_read(state) for state in States(output / "state").all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [(), ("--shard",)], ids=WAYS)
+def test_a_run_of_two_processes_releases_what_a_run_of_one_does(runs, letters, paths, tmp_path, shard):
+    few = "train.lr=1.0e-5"
+    alone = runs.start(*small.command(*harden(letters, paths, tmp_path / "one", few)))
+    alone.communicate(timeout=300)
+    assert alone.returncode == 4  # nothing can be said of so short an attack
+    both = runs.start(*small.command(*harden(letters, paths, tmp_path / "two", few), "--num-processes", 2, *shard))
+    told = both.communicate(timeout=300)[1]
+    assert both.returncode == 4, told
+    assert told.count("Resolving") == 1  # one of them speaks
+    one, two = (load_file(tmp_path / name / "release" / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=2e-6)
+    assert reports.read(tmp_path / "two" / "release" / "hardener" / "report.json").environment["processes"] == "2"
+
+
+def node(rank: int, port: int) -> list[str]:
+    """accelerate's launcher on one of two machines; `--multi_gpu` is its word for several processes."""
+    where = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--machine_rank", str(rank)]
+    how = ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2"]
+    return [*launcher, "--num_machines", "2", *where, "-m", "hardener"]
+
+
+@pytest.fixture
+def port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_machines_meet_over_the_network(runs, letters, paths, tmp_path, port):
+    output = tmp_path / "run"
+    nodes = [runs.start(*node(rank, port), *harden(letters, paths, output)) for rank in (0, 1)]
+    told = [process.communicate(timeout=300)[1] for process in nodes]
+    assert "exitcode  : 4" in told[0]  # the launcher itself ends with 1
+    assert "Resolving" not in told[1]
+    assert reports.read(output / "release" / "hardener" / "report.json").environment["processes"] == "2"
+
+
+@pytest.mark.slow
+def test_a_lost_machine_ends_the_run_on_the_other_with_exit_5(runs, letters, paths, tmp_path, port):
+    output = tmp_path / "run"
+    nodes = [runs.start(*node(rank, port), *harden(letters, paths, output, *LONG)) for rank in (0, 1)]
+    soon(lambda: len(States(output / "state").all()) > 1, nodes[0])
+    for pid in (nodes[1].pid, *of_rank(nodes[1].pid, 1)):
+        os.kill(pid, signal.SIGKILL)
+    told = nodes[0].communicate(timeout=120)[1]
+    assert "exitcode  : 5" in told
+    assert "one of 2 processes is gone" in told
+    assert any(_read(state) for state in States(output / "state").all())
