@@ -119,6 +119,10 @@ class Cell:
         """Its run folder."""
         return place.out / place.probe / f"{self.arm}-{self.seed}"
 
+    def log(self, place: Place) -> Path:
+        """What it printed, beside its folder; an arm's name may have a dot."""
+        return place.out / place.probe / f"{self.arm}-{self.seed}.log"
+
     def report(self, place: Place) -> Path:
         """Its report, once it is finished."""
         return self.folder(place) / "release" / "hardener" / "report.json"
@@ -153,7 +157,7 @@ def make(cell: Cell, place: Place) -> None:
     """Run a cell unless it has a report. Its exit code tells a verdict as well, so what counts is the report."""
     if cell.report(place).is_file():
         return
-    log = cell.folder(place).with_suffix(".log")
+    log = cell.log(place)
     log.parent.mkdir(parents=True, exist_ok=True)
     surroundings = os.environ | {"OMP_NUM_THREADS": "1", "HARDENER_CACHE": str(place.out / "cache")}
     with log.open("a", encoding="utf-8") as told:

@@ -172,10 +172,15 @@ def test_a_cell_that_fails_says_where_its_log_is(bed: Path, tmp_path: Path, caps
     assert "nowhere/letters.yaml" in log.read_text("utf-8")
 
 
+def test_every_cell_has_a_log_of_its_own(bed: Path, tmp_path: Path) -> None:
+    cells = [Cell(arm, seed) for arm in laboratory.ARMS for seed in (0, 1)]
+    assert len({cell.log(place(bed, tmp_path)) for cell in cells}) == len(cells)
+
+
 def test_an_unknown_arm_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         laboratory.main(["--bed", "bed", "--out", "out", "--arms", "sft,crap"])
-    assert "'crap'; known: sft, ctrap" in capsys.readouterr().err
+    assert "'crap'; known: sft, random, ctrap" in capsys.readouterr().err
 
 
 # ── the table ─────────────────────────────────────────────────────────────────────────────────
