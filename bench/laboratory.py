@@ -7,8 +7,8 @@
 Each cell, an arm with a hardening seed, is one `hardener harden` into its own run folder, beside its log: `DIR/PROBE/`.
 A cell with a report is not run again, a broken one goes on where it was. The original is attacked once, together with
 `never`, the twin that was never taught what is restricted: what it costs to teach it anew is the limit of any defence.
-Written are `DIR/PROBE.md`, a table of arms and one of cells, and `DIR/PROBE.png`, utility kept against the cost
-multiplier.
+Written are `DIR/PROBE.md`, a table of arms and one of cells, and `DIR/PROBE.png`, utility kept and tokens
+against the cost multiplier.
 
 The probe `standard` is here cut to the attacks that the four properties of a trap ask for, so no cell is certified:
 an arm that looks well is to be hardened once more, by hand, with all of them. On the letters bed a cell takes one to
@@ -294,25 +294,29 @@ def verdicts(found: Sequence[Report], name: str) -> str:
 
 
 def draw(found: Sequence[Found], never: Report | None, path: Path) -> None:
-    """Utility kept against M, one point per cell; a triangle is a lower bound, the line is the limit."""
+    """M against utility kept and against the cost of hardening, a point per cell; a triangle is a lower bound."""
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(8.0, 5.0), layout="constrained")
-    axes = canvas.subplots()
+    canvas = Canvas(figsize=(12.0, 5.0), layout="constrained")
+    left, right = canvas.subplots(1, 2, sharey=True)
     for index, arm in enumerate(dict.fromkeys(one.cell.arm for one in found)):
         label: str | None = arm
         for one in found:
             cost, kept = multiplier(one.report), figure(one.report, "utility_kept")
-            if one.cell.arm == arm and cost and kept:
-                mark = "^" if cost.sign else "o"
-                axes.scatter(kept.value, cost.value, color=f"C{index}", marker=mark, label=label)
-                label = None
+            if one.cell.arm != arm or not cost or not kept:
+                continue
+            look = {"color": f"C{index % 10}", "marker": ("^v" if cost.sign else "oD")[index // 10]}
+            left.scatter(kept.value, cost.value, label=label, **look)
+            if one.tokens is not None:
+                right.scatter(one.tokens, cost.value, **look)
+            label = None
     limit = multiplier(never) if never else None
-    if limit:
+    for axes in (left, right) if limit else ():
         axes.axhline(limit.value, color="grey", linestyle="--", label=f"never taught: {limit}")
-    axes.set(xlabel="utility kept", ylabel="cost multiplier M (worst case)", yscale="log")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+    left.set(xlabel="utility kept", ylabel="cost multiplier M (worst case)", yscale="log")
+    right.set(xlabel="tokens, as a share of those that the parent was trained on", xscale="log")
+    if left.get_legend_handles_labels()[0]:
+        canvas.legend(*left.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
     canvas.savefig(path, dpi=120)
 
 

@@ -20,6 +20,7 @@ NAMES = resources.recipes()
 def test_the_recipes_of_the_papers_are_shipped() -> None:
     assert {
         "ctrap",
+        "ctrap-adaptive",
         "ctrap-rollout",
         "sophon-image",
         "sophon-text",
@@ -108,6 +109,17 @@ def test_the_rollout_has_the_setting_of_its_one_trial_and_says_that_it_is_not_th
     assert (settings["inner_optimizer"], settings["inner_state"], settings["benign_weight"]) == ("adamw", "fresh", 0.0)
     assert "extension" in recipe.title
     assert "not the paper's" in (shipped("recipes") / "ctrap-rollout.yaml").read_text(encoding="utf-8")
+    assert recipe.data == recipe_file.load("ctrap").data
+
+
+def test_the_adaptive_trap_erases_first_and_says_that_it_is_no_papers() -> None:
+    recipe = recipe_file.load("ctrap-adaptive")
+    assert recipe.defense is not None
+    assert recipe.erase != "none"
+    assert (recipe.erase.alpha, recipe.erase.modules, recipe.erase.share) == (1.0, "located", 0.2)
+    assert set(recipe.defense.settings["goals"]) == {"harm", "mixed", "benign-loss", "repair", "warm-up"}
+    assert "extension" in recipe.title
+    assert "An extension" in (shipped("recipes") / "ctrap-adaptive.yaml").read_text(encoding="utf-8")
     assert recipe.data == recipe_file.load("ctrap").data
 
 
