@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from hardener import __version__, client, processes
-from hardener.errors import DivergedError, HardenerError, UsageError
+from hardener.errors import DivergedError, HardenerError, UsageError, out_of_memory
 
 if TYPE_CHECKING:
     from hardener.console import Narrator
@@ -515,20 +515,18 @@ def _told(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, Interrupted):
         return 128 + error.number, "interrupted"
-    if _out_of_memory(error):
-        return 5, f"out of memory ({error}); lower train.batch_size, or raise train.grad_accumulation"
+    if out_of_memory(error):
+        return (
+            5,
+            f"out of memory ({error}); lower train.batch_size or raise train.grad_accumulation, in the probe lower "
+            "probe.batch_size",
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return 5, f"{error}; free some space, or set TMPDIR or HF_HOME to another disk"
     return HardenerError.exit_code, (
         f"this is a bug in hardener: {type(error).__name__}: {client.scrub(str(error))}\n"
         "Please report it with what the same line shows with --debug"
     )
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Python's own, CUDA's (known by name, as torch may not be imported), or that of torch's CPU allocator."""
-    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 if __name__ == "__main__":

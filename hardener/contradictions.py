@@ -120,6 +120,11 @@ def _erase(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("erase", "share"), "`modules: located` and a share go together")
     if (erase.modules == "located") != (erase.relearn != "none"):
         yield Problem(("erase", "relearn"), "`modules: located` and a simulated attack go together")
+    for key, value in (("on_trouble", erase.on_trouble == "step-back"), ("utility_limit", erase.utility_limit)):
+        if value:
+            yield Problem(
+                ("erase", key), "distillation stops where numbers go wrong, and has `stop_at`; leave this out"
+            )
     if erase.unlearn != "none" and not recipe.data.alignment:
         yield Problem(("data", "alignment"), "erase.unlearn needs this role")
     if erase.parent_tokens and recipe.task == "image-classification":

@@ -39,6 +39,7 @@ from hardener.recipe import Erase, ShortTraining, Train
 from hardener.report import Erased
 from hardener.state import States
 from hardener.tasks.base import Example, Task
+from hardener.trouble import mean_loss
 
 TITLE = "noise-then-distil"
 LOOKED_AT = 256
@@ -335,24 +336,6 @@ def held_back(streams: Streams) -> tuple[list[Example], Streams]:
         for part in streams.slices
     )
     return held, replace(streams, slices=slices)
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, task: Task, rows: Sequence[Example]) -> float:
-    """The task's own loss per target (nats, or squared error of noise); the model stays in the mode it was in.
-
-    What a task draws at random is drawn alike each time.
-    """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    total = 0.0
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for _, batch in task.batches(rows):
-            logits, labels = task.targets(model, batch.to(device))
-            total += float(task.loss(logits, labels)) * batch.targets
-    model.train(training)
-    return total / sum(example.targets for example in rows)
 
 
 def cost(outer: Outer) -> tuple[int, int | None]:

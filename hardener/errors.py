@@ -20,6 +20,12 @@ A message says what happened, names the value, and says what to do.
 from __future__ import annotations
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Python's own, CUDA's (known by name, as torch may not be imported), or that of torch's CPU allocator."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 class HardenerError(Exception):
     """Base of all errors; `exit_code` is what the command line ends with."""
 

@@ -25,6 +25,7 @@ from hardener.losses import Loss
 from hardener.recipe import Role, Train
 from hardener.state import States
 from hardener.tasks.base import Batch, Example, Task
+from hardener.trouble import PARTS, Guard
 
 LOGGED = 200
 """At most this many points of the log are kept in the report."""
@@ -93,6 +94,8 @@ class Outer:
         """The present outer step, counted from 1."""
         self.memory: dict[str, float] = {}
         """What the defence remembers from one outer step to the next beside weights and optimizers; resumable."""
+        self.moved = False
+        """Whether an optimizer has stepped in the present outer step."""
         self.origin = None if origin is None else group.placed(origin, accelerator).eval()
         """The parent, for a defence that sets `distils`: what its outputs are held to, also after an erasure."""
         self.optimizers = defense.optimizers(self.params)
@@ -107,6 +110,11 @@ class Outer:
     def params(self) -> list[nn.Parameter]:
         """The trainable parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches per batch: as many as the recipe says, or as memory asked for."""
+        return int(self.memory.get(PARTS, self.train.grad_accumulation))
 
     def classes(self, role: Role) -> int:
         """Number of classes of a role."""
@@ -162,7 +170,7 @@ class Outer:
         targets. A share is 0 where a process only keeps the others company.
         """
         total = sum(e.targets for e in examples)
-        for part, counts in self.group.share(examples, self.train.grad_accumulation):
+        for part, counts in self.group.share(examples, self.parts):
             batch = self.task.collate(part).to(self.accelerator.device)
             yield batch, counts * batch.targets / total
 
@@ -188,7 +196,10 @@ class Outer:
 
         Returns what clipping multiplied the gradient by: 1 is untouched.
         """
-        norm = self.norm()
+        norm, limit = self.norm(), self.train.norm_limit
+        if limit is not None and norm > limit:
+            raise DivergedError(f"the gradient norm is {norm:.3g}, train.norm_limit {limit:g}; lower the learning rate")
+        self.moved = True
         if clip is not None:
             clip_grads_with_norm_(self.params, clip, torch.tensor(norm))
         self.optimizers[name].step()
@@ -227,8 +238,8 @@ def run(
 ) -> tuple[dict[str, float], ...]:
     """Train in place, from the last saved state if there is one; returns the log, thinned.
 
-    Same seed, same machine kind, same number of processes: same bits, interrupted or not. Raises DivergedError where a
-    loss or gradient is not finite.
+    Same seed, same machine kind, same number of processes: same bits, interrupted or not. What follows numbers that go
+    wrong or memory that runs out is in `trouble.py`. Raises DivergedError and ResourceError as that says.
     """
     torch.manual_seed(train.seed)
     torch.use_deterministic_algorithms(train.deterministic)
@@ -238,16 +249,26 @@ def run(
     model.train()
     outer = Outer(model, task, streams, defense, train, accelerator, group)
     log: list[dict[str, float]] = []
-    done = states.restore(outer, log)
+    guard = Guard(outer, states, log)
+    done = guard.begin()
     every = max(1, train.steps // LOGGED)
-    for step in range(done + 1, train.steps + 1):
-        outer.number = step
-        values = {name: v for name, v in defense.step(outer).items() if not name.startswith("#")}
-        outer.advance()
+    while done < train.steps:
+        step = outer.number = done + 1
+        due = step % train.save_every == 0 or step == train.steps
+        guard.mark()
+        try:
+            values = {name: v for name, v in defense.step(outer).items() if not name.startswith("#")}
+            outer.advance()
+            if due:
+                guard.look()
+        except (DivergedError, MemoryError, RuntimeError) as error:
+            done = guard.recovered(error, done)
+            continue
+        done = step
         if step % every == 0 or step == train.steps:
             log.append({"step": step, **values})
         tell(step, values)
-        if step % train.save_every == 0 or step == train.steps:
+        if due:
             states.save(outer, step, log)
     model.eval()
     return tuple(log)

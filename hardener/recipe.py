@@ -152,6 +152,17 @@ class Train(Strict):
     seed: int = Field(0, ge=0, le=MOST_SEED)
     save_every: int = Field(50, ge=1, le=MOST, description="outer steps between resumable states")
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
+    on_trouble: Literal["stop", "step-back"] = Field(
+        "stop",
+        description="what follows a loss or gradient that is not finite, or beyond the two limits below: the run ends "
+        "with exit 5, or goes on from the last good state with half the learning rate, three times at most",
+    )
+    norm_limit: float | None = Field(None, gt=0, description="a gradient norm, before clipping, above this explodes")
+    utility_limit: float | None = Field(
+        None,
+        gt=0,
+        description="nats by which the loss on retain rows may exceed the start's; looked at with every state",
+    )
     deterministic: bool = Field(False, description="deterministic CUDA kernels, so that a resume is bit-exact there")
 
 

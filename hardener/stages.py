@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import hardener
-from hardener import card, checkpoint, data, erase, evidence, files, loop, metadata, registry, sources
+from hardener import card, checkpoint, data, erase, evidence, files, loop, metadata, registry, sources, trouble
 from hardener.attacks.families import SCREENS, Family
 from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.checks import BUDGET_FACTOR, NO_ATTACK
@@ -277,7 +277,7 @@ def defended(
             model = checkpoint.attach(model, recipe.adapter, task)
         model.load_state_dict(weights)
     title = defense_class.Config.title + (f" after {erase.TITLE}" if erased else "")
-    made = {"steps": train.steps, "trainable": trainable, "log": log, "notes": defense.notes}
+    made = {"steps": train.steps, "trainable": trainable, "log": log, "notes": (*defense.notes, *trouble.told(log))}
     return model, Training(defense=recipe.defense.name, title=title, **made)
 
 

@@ -23,10 +23,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hardener.defenses.sophon_configs import Guarded
-from hardener.erase import held_back, mean_loss
+from hardener.erase import held_back
 from hardener.errors import RecipeError
 from hardener.loop import Outer
 from hardener.tasks.base import Example
+from hardener.trouble import mean_loss
 
 NAME = "kept"
 """Of the optimizer that holds the point, and of what the log says of it."""
