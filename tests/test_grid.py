@@ -185,6 +185,15 @@ def test_rescaling_keeps_the_function_where_a_normalisation_follows_each_matrix(
     assert before.std() > 0.1
 
 
+def test_after_rescaling_batch_norm_has_the_statistics_of_the_attackers_rows(room: Room) -> None:
+    rows = room.scene(Cell(ORIGINAL, AUTHORS, 0)).harm
+    pixels = room.bench.task.collate(rows).inputs["pixel_values"]
+    model = prepared(room, network(room)).base_model
+    with torch.no_grad():
+        known, measured = (model.train(mode)(pixels).pooler_output for mode in (False, True))
+    assert (known - measured).abs().mean() < 0.1 * measured.std()  # the variances differ by n / (n − 1)
+
+
 # ── a run ─────────────────────────────────────────────────────────────────────────────────────
 
 
