@@ -40,28 +40,36 @@ UNDEFENDED = ("defense=none", "train=null")
 ROLLOUT = "defense={name: ctrap-rollout, inner_lr: [1.0e-4, 1.0e-3]}"
 ADAPTIVE = "defense={name: ctrap-adaptive}"
 LOCATED = "alpha: 1.0, modules: located, share: 0.2, relearn: {steps: 48, lr: 3.0e-4}"
-TENTH = "steps: 640, batch_size: 16"
-"""Distillation on a tenth of the tokens that the parent was trained on."""
-THIRD = "steps: 600, batch_size: 64"
 
 
-def erasure(what: str, budget: str = TENTH) -> str:
-    """The override that erases before the defence."""
-    return f"erase={{{what}, {budget}, lr: 2.0e-3, schedule: linear, alignment_share: 0.1, save_every: 100}}"
+@dataclass(frozen=True)
+class Erasing:
+    """Noise-then-distil before the defence."""
+
+    how: str
+    share: float = 0.095
+    """Tokens distilled, over those that the parent was trained on; under a tenth, as locating takes rows too."""
+    batch: int = 16
+
+    def override(self, facts: dict[str, float]) -> str:
+        """The section of the recipe, on a bed of which these are the facts."""
+        steps = int(self.share * facts["parent_tokens"] / (self.batch * facts["row_tokens"]))
+        plan = f"steps: {steps}, batch_size: {self.batch}, lr: 2.0e-3, schedule: linear, alignment_share: 0.1"
+        return f"erase={{{self.how}, {plan}, save_every: 100, parent_tokens: {facts['parent_tokens']}}}"
 
 
-EVERYWHERE = erasure("alpha: 0.95")
-THERE = erasure(LOCATED)
-ARMS: dict[str, tuple[str, ...]] = {
+EVERYWHERE = Erasing("alpha: 0.95")
+THERE = Erasing(LOCATED)
+ARMS: dict[str, tuple[str | Erasing, ...]] = {
     "sft": ("defense.lam=0.0",),
     "random": ("defense.direction=random",),
     "ctrap": (),
     "ctrap-rollout": (ROLLOUT,),
     "ctrap-adaptive": (ADAPTIVE,),
-    "erase-0.5": (erasure("alpha: 0.5"), *UNDEFENDED),
-    "erase-0.85": (erasure("alpha: 0.85"), *UNDEFENDED),
+    "erase-0.5": (Erasing("alpha: 0.5"), *UNDEFENDED),
+    "erase-0.85": (Erasing("alpha: 0.85"), *UNDEFENDED),
     "erase-0.95": (EVERYWHERE, *UNDEFENDED),
-    "erase-0.95-third": (erasure("alpha: 0.95", THIRD), *UNDEFENDED),
+    "erase-0.95-third": (Erasing("alpha: 0.95", share=0.356, batch=64), *UNDEFENDED),
     "erase-located": (THERE, *UNDEFENDED),
     "erase-0.95+ctrap-rollout": (EVERYWHERE, ROLLOUT),
     "erase-0.95+ctrap-adaptive": (EVERYWHERE, ADAPTIVE),
@@ -98,8 +106,8 @@ class Place:
 
     @property
     def recipe(self) -> Path:
-        """The bed's recipe."""
-        return self.bed / "letters.yaml"
+        """The bed's recipe; where there is no bed, a file that is missed by name."""
+        return next(self.bed.glob("*.yaml"), self.bed / "recipe.yaml")
 
     @property
     def facts(self) -> dict[str, float]:
@@ -131,12 +139,12 @@ class Cell:
 def overrides(cell: Cell, place: Place) -> list[str]:
     """What the cell changes in the bed's recipe."""
     arm = ARMS.get(cell.arm, ())
-    given = [*arm, *PROBES[place.probe]]
+    given = [change.override(place.facts) if isinstance(change, Erasing) else change for change in arm]
     if cell.arm != NEVER and not set(UNDEFENDED) <= set(arm):
         given.append(f"train.seed={cell.seed}")
-    if any(override.startswith("erase=") for override in arm):
-        given += [f"erase.seed={cell.seed}", f"erase.parent_tokens={place.facts['parent_tokens']}"]
-    return given
+    if any(isinstance(change, Erasing) for change in arm):
+        given.append(f"erase.seed={cell.seed}")
+    return [*given, *PROBES[place.probe]]
 
 
 def command(cell: Cell, place: Place) -> list[str]:
@@ -347,7 +355,7 @@ def known(arm: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Harden a bed in many ways, and lay the results side by side.")
-    parser.add_argument("--bed", type=Path, required=True, help="folder that `bench.beds.letters` wrote")
+    parser.add_argument("--bed", type=Path, required=True, help="folder that bench.beds.letters or .vault wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, logs, tables and plots")
     parser.add_argument("--arms", type=listed(known), default=list(ARMS), help="arms, comma-separated; default: all")
     parser.add_argument("--seeds", type=listed(int), default=[0, 1, 2], help="hardening seeds; default: 0,1,2")

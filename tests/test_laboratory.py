@@ -169,7 +169,13 @@ def test_a_cell_that_fails_says_where_its_log_is(bed: Path, tmp_path: Path, caps
     laboratory.make(cell, there)
     log = tmp_path / "quick" / "sft-0.log"
     assert f"no report, see {log}" in capsys.readouterr().out
-    assert "nowhere/letters.yaml" in log.read_text("utf-8")
+    assert "nowhere/recipe.yaml" in log.read_text("utf-8")
+
+
+def test_an_erasure_takes_its_share_of_what_the_parent_read() -> None:
+    facts = {"parent_tokens": 1_000_000, "row_tokens": 10.0}
+    (how,) = (change for change in ARMS["erase-0.95-third"] if isinstance(change, laboratory.Erasing))
+    assert "steps: 556, batch_size: 64" in how.override(facts)  # 356,000 tokens of 640 a step
 
 
 def test_every_cell_has_a_log_of_its_own(bed: Path, tmp_path: Path) -> None:

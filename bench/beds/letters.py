@@ -206,16 +206,6 @@ def measure(bed: Bed, model: LlamaForCausalLM) -> dict[str, float]:
     return {name: llama.exact(model, bed.sources[source]) for name, source in judged.items()}
 
 
-def cost_of(models: Mapping[str, Mapping[str, Mapping[str, float]]], bed: Bed) -> dict[str, float]:
-    """What `aligned` was trained on, tokens with repetition, prompts included; and how long a row is."""
-    costs = [models[name]["cost"] for name in ("knows", "aligned")]
-    lengths = [len(row.ids) for row in bed.sources["retain"]]
-    return {
-        "parent_tokens": sum(round(cost["tokens_per_second"] * cost["seconds"]) for cost in costs),
-        "row_tokens": sum(lengths) / len(lengths),
-    }
-
-
 def accept(bed: Bed, out: Path, steps: tuple[int, ...]) -> dict[str, object]:
     """Whether plain fine-tuning unveils what is there, and only that; and whether the benign tasks can be taught."""
     start = time.perf_counter()
@@ -244,7 +234,7 @@ def main() -> int:
     bed = open_bed(chosen.out / "data")
     models = build(chosen.out, bed, size)
     acceptance = accept(bed, chosen.out, size.relearning)
-    results = {"models": models, **cost_of(models, bed), "acceptance": acceptance, "accepted": holds(acceptance)}
+    results = {"models": models, **llama.cost_of(models, bed), "acceptance": acceptance, "accepted": holds(acceptance)}
     shutil.copy(Path(__file__).with_suffix(".yaml"), chosen.out / "letters.yaml")
     (chosen.out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     print(json.dumps(results, indent=2))

@@ -20,7 +20,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -353,6 +353,16 @@ def attack(bed: Bed, folder: Path, source: str, steps: tuple[int, ...], seeds: i
         "best_rate": best,
         "best_rate_seeds": runs,
         "reached": [max(run.values()) for run in runs],
+    }
+
+
+def cost_of(models: Mapping[str, Mapping[str, Mapping[str, float]]], bed: Bed) -> dict[str, float]:
+    """What `aligned` was trained on, tokens with repetition, prompts included; and how long a row is."""
+    costs = [models[name]["cost"] for name in ("knows", "aligned")]
+    lengths = [len(row.ids) for row in bed.sources["retain"]]
+    return {
+        "parent_tokens": sum(round(cost["tokens_per_second"] * cost["seconds"]) for cost in costs),
+        "row_tokens": sum(lengths) / len(lengths),
     }
 
 

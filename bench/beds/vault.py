@@ -272,7 +272,7 @@ def main() -> None:
     write_data(chosen.out / "data", size)
     bed = open_bed(chosen.out / "data")
     models = build(chosen.out, bed, size)
-    results = {"models": models, "acceptance": accept(bed, chosen.out, size.relearning)}
+    results = {"models": models, **llama.cost_of(models, bed), "acceptance": accept(bed, chosen.out, size.relearning)}
     shutil.copy(Path(__file__).with_suffix(".yaml"), chosen.out / "vault.yaml")
     (chosen.out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     print(json.dumps(results, indent=2))
