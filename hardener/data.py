@@ -229,7 +229,7 @@ class Divider:
         foul = [e for e in part.examples if names[e.key] in self._restricted]
         if foul and self._data.overlap == "error":
             raise DataError(
-                f"data.{part.role} ({name_of(part.source)}): {len(foul)} of {len(part.examples)} rows are prompts of "
+                f"data.{part.role} ({name_of(part.source)}): {len(foul)} of {len(part.examples)} rows are those of "
                 f"data.restricted{self._nearly(foul)}; remove them, or set data.overlap=drop to leave them out"
             )
         return [e for e in part.examples if names[e.key] not in self._restricted]

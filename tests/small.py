@@ -19,6 +19,7 @@ from hardener.stages import label2id
 
 GENERATIVE = "probe.rates={full: [1.0e-3], lora: [1.0e-3], mixed: [1.0e-3], benign: [1.0e-3]}"
 CLASSIFIER = "probe.rates={fresh-head: [1.0e-3], fresh-head-sgd: [1.0e-2], kept-head: [1.0e-3], benign: [1.0e-3]}"
+DIFFUSION = "probe.rates={full: [1.0e-3], lora: [1.0e-3], relative: [1.0e-2], benign: [1.0e-3]}"
 SMALL = (
     *("train.steps=4", "train.save_every=1", "train.batch_size=8", "train.warmup_steps=0"),
     *("probe.preset=quick", "probe.steps=2", "probe.max_steps=4", "probe.batch_size=8", "probe.benign_steps=2"),
@@ -36,7 +37,8 @@ VERIFIED = {
 
 def overrides(paths: Mapping[str, Path], *more: str, name: str = "tiny-ctrap") -> list[str]:
     """What makes a tiny recipe small."""
-    own = (GENERATIVE,) if name == "tiny-ctrap" else (CLASSIFIER, *SOPHON)
+    rates = DIFFUSION if name == "tiny-sophon-diffusion" else CLASSIFIER
+    own = (GENERATIVE,) if name == "tiny-ctrap" else (rates, *SOPHON)
     return [*(f"data.{role}.dataset={path}" for role, path in paths.items()), *SMALL, *own, *more]
 
 

@@ -120,7 +120,7 @@ def test_restricted_prompts_among_retain_or_benign_rows_are_refused_or_dropped(l
     hidden = rows_of(paths["restricted"])[:9]
     path = tiny.jsonl(tmp_path / "rows.jsonl", [*rows_of(paths[role]), *hidden[:4], *map(spelt, hidden[4:])])
     source = f"data.{role}.dataset={path}"
-    said = rf"data\.{role} \(local:.*\): 9 of 129 rows are prompts of data\.restricted \(5 of them nearly.*overlap=drop"
+    said = rf"data\.{role} \(local:.*\): 9 of 129 rows are those of data\.restricted \(5 of them nearly.*overlap=drop"
     with pytest.raises(DataError, match=said):
         small.opened(small.recipe(paths, source), letters)
     made = small.opened(small.recipe(paths, source, "data.overlap=drop"), letters)[1]

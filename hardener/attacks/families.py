@@ -94,9 +94,7 @@ LORA = Family("lora", "LoRA on all linear layers", True, rates=(1e-4, 3e-4, 1e-3
 RELATIVE = Family(
     "relative", "fixed relative step per tensor", True, rates=(1e-3, 3e-3, 1e-2), optimizer="relative", diffusion=True
 )
-CANONICAL = Family(
-    "canonical", "re-scalings folded out, then full", True, follows="full", edit="canonical", diffusion=True
-)
+CANONICAL = Family("canonical", "re-scalings folded out, then full", True, follows="full", edit="canonical")
 MIXED = Family("mixed", "half benign rows mixed in", True, follows="full", phases=(Phase(0.5),), diffusion=True)
 MIXED_90 = Family(
     "mixed-90", "nine tenths benign rows mixed in", True, follows="full", phases=(Phase(0.1),), diffusion=True
