@@ -573,3 +573,15 @@ def test_passes_and_rows_of_a_wide_step_are_those_of_its_mean_walk():
     config = configs.SophonWideConfig(inner_steps=(10, 30), inner_batches=(8, 24), warm_up=(0, 4), query_every=5)
     assert config.passes == 22 + 4 + 2
     assert config.rows(10) == 22 * 16 + 4 * 32 + 20
+
+
+@pytest.mark.parametrize("name", ["sophon-wide-image", "sophon-wide-text", "sophon-wide-lm"])
+def test_a_shipped_population_is_wide_and_says_that_it_is_not_the_papers(name):
+    recipe = recipe_file.load(name)
+    config = configs.SophonWideConfig(**recipe.defense.settings)
+    assert len(config.rates) >= 3
+    assert all(high / low >= 999 for low, high in config.rates.values())
+    assert config.floor == 0.98
+    assert config.distil > 0
+    assert "extension" in recipe.title
+    assert config.passes == 42
