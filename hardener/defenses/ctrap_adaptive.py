@@ -45,8 +45,8 @@ LORA_RATE = 10
 """How much higher the rates of a LoRA are than those of all weights, by rule of thumb."""
 PACE = 0.1
 """η, largest change of ln ν in one outer step: ten steps to come to e times the price."""
-DEAREST = 1e3
-"""Largest price of utility."""
+DEAREST = 32.0
+"""Largest price of utility: a trap weighs next to nothing there, and the way back is not long."""
 
 Parts = Sequence[Sequence[Role]]
 """The losses of one step of an attacker, and the roles whose rows each takes in equal numbers."""
