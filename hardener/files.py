@@ -115,3 +115,17 @@ def sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def has_hash(path: Path, digest: str) -> bool:
+    """Whether a file is the one that the Hub knows by this hash: SHA-256 of a large one, git's own of a small one."""
+    return digest == (sha256(path) if len(digest) == 64 else git_blob(path))
+
+
+def git_blob(path: Path) -> str:
+    """The hash by which git knows a file."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Literal
 
 from hardener.client import check_id, client, explained, or_without_xet
 from hardener.errors import HubError, UnsupportedModelError, UsageError
-from hardener.metadata import INDEX, PIPELINE, Folder, ModelRef, Remote, describe, headers, listing, release_files
+from hardener.metadata import (
+    INDEX,
+    PIPELINE,
+    Folder,
+    ModelRef,
+    Remote,
+    check_bytes,
+    describe,
+    hash_of,
+    headers,
+    listing,
+    release_files,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -59,6 +71,7 @@ def pull(ref: ModelRef, progress: Callable[[str], None] | None = None) -> Path:
         except IncompleteSnapshotError as error:  # it names three files at most
             folder = Path(error.snapshot_path)
     _compare(folder, ref)
+    _check_bytes(folder, ref)
     return folder
 
 
@@ -150,8 +163,9 @@ def _online(model: str, revision: str | None) -> ModelRef:
             raise HubError(f"{model} has no revision {revision}; {_near(api, model, str(revision))}") from None
         commit = _pinned(api, info.id, revision)
         tree = api.list_repo_tree(info.id, recursive=True, revision=commit)
-        sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
-    source = Remote(info.id, api, commit, sizes)
+        listed = [file for file in tree if isinstance(file, RepoFile)]
+    sizes = {file.path: file.size for file in listed}
+    source = Remote(info.id, api, commit, sizes, {file.path: hash_of(file) for file in listed})
     return describe(source, commit=commit, gated=info.gated or False, private=bool(info.private))
 
 
@@ -198,17 +212,29 @@ def _compare(folder: Path, ref: ModelRef) -> None:
         )
 
 
-def _require(folder: Path, files: dict[str, int], repo: str, commit: str | None) -> None:
+def _check_bytes(folder: Path, ref: ModelRef) -> None:
+    """Raise HubError as `check_bytes`, where the client noted by which hashes the Hub knows the files."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        listed = get_cached_repo_tree(ref.id, revision=ref.commit)
+    except CachedRepoTreeNotFoundError:  # offline, and fetched one by one
+        return
+    check_bytes(ref.id, folder, {file.path: hash_of(file) for file in listed if file.path in ref.files})
+
+
+def _require(folder: Path, wanted: dict[str, int], repo: str, commit: str | None) -> None:
     """Raise HubError listing the files that are absent or of another size."""
-    absent = [name for name in files if not (folder / name).is_file()]
-    wrong = [name for name in files if name not in absent and (folder / name).stat().st_size != files[name]]
+    absent = [name for name in wanted if not (folder / name).is_file()]
+    wrong = [name for name in wanted if name not in absent and (folder / name).stat().st_size != wanted[name]]
     if absent or wrong:
         problems = [f"missing {name}" for name in absent] + [f"wrong size of {name}" for name in wrong]
         command = _fetch(repo, commit, [*absent, *wrong], force=bool(wrong))
         raise HubError(f"{repo}: the cache is incomplete: {', '.join(problems)}; {command}")
 
 
-def _fetch(repo: str, commit: str | None, files: Sequence[str] = (), *, force: bool = False) -> str:
+def _fetch(repo: str, commit: str | None, names: Sequence[str] = (), *, force: bool = False) -> str:
     """The one command that mends a cache: of the whole repository where it is not known what is missing."""
-    words = ["hf download", repo, *files, f"--revision {commit}", *(["--force-download"] if force else [])]
+    words = ["hf download", repo, *names, f"--revision {commit}", *(["--force-download"] if force else [])]
     return f"fetch it once online with `{' '.join(words)}`"

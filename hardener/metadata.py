@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
+from hardener import files
 from hardener.client import explained
-from hardener.errors import UnsupportedModelError
+from hardener.errors import HubError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, RepoFile
 
 log = logging.getLogger("hardener")
 
@@ -153,10 +154,15 @@ class Remote:
     api: HfApi
     commit: str
     sizes: dict[str, int]
+    hashes: dict[str, str]
+    """File → how the Hub knows it (`files.has_hash`)."""
 
-    def path(self, name: str) -> Path:  # noqa: D102
+    def path(self, name: str) -> Path:
+        """A small file in the cache. Raises HubError where other bytes came than the Hub names."""
         with explained(self.id):
-            return Path(self.api.hf_hub_download(self.id, name, revision=self.commit))
+            path = Path(self.api.hf_hub_download(self.id, name, revision=self.commit))
+        check_bytes(self.id, path.parents[name.count("/")], {name: self.hashes[name]})
+        return path
 
     def header(self, name: str) -> Header:  # noqa: D102
         from huggingface_hub.errors import SafetensorsParsingError
@@ -173,6 +179,24 @@ class Remote:
                 f"the whole file has {self.sizes[name]}"
             )
         return {key: (tensor.dtype, tensor.parameter_count) for key, tensor in found.items()}
+
+
+def hash_of(file: RepoFile) -> str:
+    """How the Hub knows a file: a large one by SHA-256, a small one by the hash that git gives it."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
+
+
+def check_bytes(model: str, folder: Path, hashes: dict[str, str]) -> None:
+    """Raise HubError for files whose bytes are not those that the Hub names, and take them out of the cache."""
+    wrong = [name for name, digest in sorted(hashes.items()) if not files.has_hash(folder / name, digest)]
+    for name in wrong:
+        (folder / name).resolve().unlink()
+        (folder / name).unlink(missing_ok=True)
+    if wrong:
+        raise HubError(
+            f"{model}: {', '.join(wrong)} came with other bytes than the Hub names, and left the cache again; "
+            "run the same line again"
+        )
 
 
 def describe(

@@ -7,7 +7,6 @@ second try must know: answers get lost, processes get killed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -205,6 +204,4 @@ def _same(there: RepoFile, here: Path, digest: str | None) -> bool:
     """Large files are known to the Hub by SHA-256, small ones by the hash that git gives them."""
     if there.lfs is not None:
         return there.lfs.sha256 == (digest or files.sha256(here))
-    data = here.read_bytes()
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    return there.blob_id == blob and digest in (None, files.sha256(here))
+    return there.blob_id == files.git_blob(here) and digest in (None, files.sha256(here))

@@ -208,7 +208,9 @@ def remote_fingerprint(repo: str, commit: str) -> str:
         if isinstance(error.__cause__, RevisionNotFoundError):
             raise VerifyError(f"the parent {repo} has no commit {commit}") from None
         raise
-    source = metadata.Remote(repo, api, commit, {name: file.size for name, file in found.items()})
+    sizes = {name: file.size for name, file in found.items()}
+    hashes = {name: metadata.hash_of(file) for name, file in found.items()}
+    source = metadata.Remote(repo, api, commit, sizes, hashes)
     try:
         names = metadata.release_files(source)
     except UnsupportedModelError as error:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ class Request:
     """Bytes of the answer's body."""
 
 
-How = int | Literal["cut", "slow", "held"] | None
+How = int | Literal["cut", "slow", "held", "reset", "loop", "altered"] | None
 PUT_OFF = {"Retry-After": "0", "RateLimit": '"api";r=0;t=0', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
 """What the Hub says beside status 429."""
 
@@ -113,7 +114,8 @@ class Fault:
     pattern: str
     how: How
     """A status; None: the connection is dropped; cut: half of the answer's body comes; slow: it comes in drops;
-    held: no answer, until the server ends."""
+    held: no answer, until the server ends; reset: half of the body comes and then the connection is reset; loop: a
+    redirect to the same address; altered: as many bytes, but others."""
     skip: int
     times: int
     after: bool
@@ -203,7 +205,9 @@ class Hub:
 
     def fail(self, pattern: str, how: How, *, skip: int = 0, times: int = 1, after: bool = False) -> None:
         """Let the next `times` matching requests fail, after `skip` good ones. See Fault."""
-        self.faults.append(Fault(pattern, how, skip, times, after or how in ("cut", "slow", "held")))
+        self.faults.append(
+            Fault(pattern, how, skip, times, after or how in ("cut", "slow", "held", "reset", "altered"))
+        )
 
     def asked(self, pattern: str) -> list[Request]:
         """All requests so far whose "METHOD /path" matches."""
@@ -587,6 +591,8 @@ class Handler(BaseHTTPRequestHandler):
         if how is None:
             self.hang_up()
             return
+        if how == "loop":
+            reply = Answer(b"", 302, {"Location": f"{self.hub.url}{self.path}"})
         if isinstance(how, int):
             # The worst that a server or proxy can do: repeat what it was sent, in a text that is shown to people.
             reply = answer({"error": f"bad day for {self.headers.get('Authorization')}"}, how)
@@ -653,8 +659,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(reply.body[start : start + step])
                 time.sleep(0.01)
             return
-        self.wfile.write(reply.body[: len(reply.body) // 2] if how == "cut" else reply.body)
-        if how == "cut":
+        if how == "altered":
+            reply.body = reply.body[:-1] + bytes([reply.body[-1] ^ 1]) if reply.body else b""
+        self.wfile.write(reply.body[: len(reply.body) // 2] if how in ("cut", "reset") else reply.body)
+        if how == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+        elif how == "cut":
             self.hang_up()
 
 

@@ -448,6 +448,13 @@ FAULTS: dict[str, dict[str, Any]] = {
     "is done and fails": {"how": 504, "after": True},
     "is done and lost": {"how": None, "after": True},
     "is answered slowly": {"how": "slow", "times": 99},
+    "is not found": {"how": 404},
+    "exists already": {"how": 409},
+    "asks for what is not there": {"how": 416},
+    "is unavailable for hours": {"how": 503, "times": 99},
+    "needs another token from then on": {"how": 401, "times": 99},
+    "is reset in the middle": {"how": "reset"},
+    "is sent in circles": {"how": "loop", "times": 99},
 }
 QUICK = ({"new", "to_a_new_branch", "as_a_request"}, set(list(FAULTS)[:5]))
 CASES = [
@@ -537,6 +544,7 @@ def test_the_client_survives_every_fault_with_nothing_lost_and_nothing_half_push
             server.faults.clear()
             journal.attempt()
         assert state(server) == after, line
+    print(f"{kind.__name__}, a request {fault}: {len(lines)} requests, {failed} errors")
     assert len(lines) > 10
     assert failed > 2 or fault in ("is answered slowly", "fails once", "is put off", "is done and fails")
     assert failed == 0 or fault != "is answered slowly"
