@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from hardener.defenses.sophon_configs import Guarded
 from hardener.erase import held_back
 from hardener.errors import RecipeError
+from hardener.group import full
 from hardener.loop import Outer
 from hardener.tasks.base import Example
 from hardener.trouble import mean_loss
@@ -61,7 +62,7 @@ class Kept(Optimizer):
         for p in self.param_groups[0]["params"]:
             p.copy_(self.state[p]["weight"])
         for name, buffer in model.named_buffers():
-            buffer.copy_(self.state[self.param_groups[0]["params"][0]][f"buffer {name}"])
+            buffer.copy_(full(self.state[self.param_groups[0]["params"][0]][f"buffer {name}"]))
 
 
 class Guard:
