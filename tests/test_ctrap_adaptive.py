@@ -13,7 +13,7 @@ import torch
 from test_defenses import Recorded, close, gradient, length, minus
 
 from hardener.defenses.configs import CtrapAdaptiveConfig
-from hardener.defenses.ctrap_adaptive import DEAREST, PACE, Drawn, half
+from hardener.defenses.ctrap_adaptive import DEAREST, FALL, RISE, Drawn, half
 from hardener.defenses.low_rank import LowRank, linear_weights
 from hardener.defenses.population import OPTIMIZERS, Dice
 from hardener.errors import RecipeError
@@ -108,7 +108,7 @@ def test_a_dearer_utility_makes_trap_and_counter_term_weigh_less(letters, paths)
     shares = {}
     for price in (1.0, 10.0):
         defense, outer = adaptive(letters, paths, lam=0.5, benign_weight=0.5, bound=1e9)
-        outer.memory["price"] = price * math.exp(PACE)  # the drift of nothing lets it fall by one pace
+        outer.memory["price"] = price * math.exp(FALL)  # no drift: it falls by one pace
         start, seen = copy.deepcopy(outer.model), Recorded(outer)
         log = defense.step(outer)
         assert log["price"] == pytest.approx(price)
@@ -121,10 +121,11 @@ def test_the_price_rises_above_the_bound_and_falls_below_it_within_its_limits(le
     defense, _ = adaptive(letters, paths, bound=0.1)
     memory: dict[str, float] = {}
     assert defense.price(memory, 0.0) == 1.0  # it cannot fall below
-    assert defense.price(memory, 0.15) == pytest.approx(math.exp(0.5 * PACE))
-    assert defense.price(memory, 100.0) == pytest.approx(math.exp(1.5 * PACE))
-    assert defense.price(memory, 0.1) == pytest.approx(math.exp(1.5 * PACE))
-    assert defense.price(memory, 0.0) == pytest.approx(math.exp(0.5 * PACE))
+    assert defense.price(memory, 0.15) == pytest.approx(math.exp(0.5 * RISE))
+    for _ in range(9):
+        defense.price(memory, 100.0)
+    assert defense.price(memory, 0.1) == pytest.approx(math.exp(9.5 * RISE))
+    assert defense.price(memory, 0.05) == pytest.approx(math.exp(9.5 * RISE - 0.5 * FALL))
     for _ in range(200):
         defense.price(memory, 100.0)
     assert memory["price"] == DEAREST

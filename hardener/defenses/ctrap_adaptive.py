@@ -43,10 +43,11 @@ from hardener.tasks.base import Example, Task
 
 LORA_RATE = 10
 """How much higher the rates of a LoRA are than those of all weights, by rule of thumb."""
-PACE = 0.1
-"""η, largest change of ln ν in one outer step: ten steps to come to e times the price."""
-DEAREST = 32.0
-"""Largest price of utility: a trap weighs next to nothing there, and the way back is not long."""
+RISE, FALL = 0.1, 0.3
+"""η, largest change of ln ν in one outer step up and down: what an erased model pays until it is near the parent again
+is soon forgotten."""
+DEAREST = 1e3
+"""Largest price of utility."""
 
 Parts = Sequence[Sequence[Role]]
 """The losses of one step of an attacker, and the roles whose rows each takes in equal numbers."""
@@ -164,9 +165,10 @@ class CtrapAdaptive:
         outer.gradient(cross_entropy, refusals, log, "alignment")()
 
     def price(self, memory: dict[str, float], drift: float) -> float:
-        """ν, adapted to the drift of this step: dual ascent in ln ν, by at most `PACE`."""
+        """ν, adapted to the drift of this step: dual ascent in ln ν."""
         over = min(drift / self.config.bound - 1, 1.0)
-        memory["price"] = min(max(memory.get("price", 1.0) * math.exp(PACE * over), 1.0), DEAREST)
+        pace = RISE if over > 0 else FALL
+        memory["price"] = min(max(memory.get("price", 1.0) * math.exp(pace * over), 1.0), DEAREST)
         return memory["price"]
 
     def gradient(self, outer: Outer, parts: Parts, log: dict[str, float]) -> Objective:
