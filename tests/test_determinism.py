@@ -1,0 +1,61 @@
+"""Same seed, same machine kind: same bits, for every defence, interrupted or not, and for every attack."""
+
+# ruff: noqa: F811 - fixtures that are imported are the arguments of tests
+from __future__ import annotations
+
+import pytest
+import small
+import torch
+from test_attacks import attack, lm, text  # noqa: F401
+from test_loop import Stop, same, train
+
+from hardener import registry
+from hardener.console import quiet
+from hardener.defenses.configs import CONFIGS
+
+BEDS = {"sophon": "tiny-sophon-text", "sophon-wide": "tiny-sophon-text"}
+"""Defence → the recipe that it is tried in, where that is not the one of language models."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_defence_gives_the_same_bits_again_and_after_an_interruption(request, tmp_path, name):
+    folder, paths = (
+        request.getfixturevalue(one) for one in (("bert", "text_paths") if name in BEDS else ("letters", "paths"))
+    )
+    settings = () if name in ("ctrap", "sophon") else (f"defense={{name: {name}}}",)
+    own = [
+        word
+        for word in small.overrides(paths, name=BEDS.get(name, "tiny-ctrap"))
+        if not (settings and word.startswith("defense."))
+    ]
+    chosen = small.sources.pin(small.recipe_file.load(BEDS.get(name, "tiny-ctrap"), [*own, *settings]))
+    first = train(chosen, folder, tmp_path / "first")
+    with pytest.raises(Stop):
+        train(chosen, folder, tmp_path / "broken", stop_after=3)
+    torch.rand(7)  # the random state of the new process is another
+    resumed = train(chosen, folder, tmp_path / "broken")
+    for other in (train(chosen, folder, tmp_path / "again"), resumed):
+        assert same(first[0], other[0])
+        assert first[1] == other[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in registry.BUILT_IN["attacks"]
+        if registry.find("attacks", n).suits("language") or registry.find("attacks", n).suits("classifier")
+    ],
+)
+def test_every_attack_gives_the_same_bits_again(lm, text, name):
+    family = registry.find("attacks", name)
+    if family.objective == "dpo":
+        pytest.importorskip("trl", reason="the extra `dpo` is not installed")
+    scene = lm if family.suits("language") else text
+    rate = (family.doses or family.rates or (1e-3,))[0]
+    with quiet():
+        first = attack(scene, family, rate, seed=3, steps=2, batch_size=4)
+        torch.rand(5)
+        again = attack(scene, family, rate, seed=3, steps=2, batch_size=4)
+    assert first[0] == again[0]
+    assert same(first[1], again[1])
