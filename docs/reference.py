@@ -200,8 +200,8 @@ def attacks() -> str:
     for name in registry.BUILT_IN["attacks"]:
         family: Family = registry.find("attacks", name)
         screens = [preset for preset, short in SCREENS.items() if name in {*chain(*short.values())}]
-        rows.append(family_row(family, screens))
-    rows += [family_row(family, []) for family in BENIGN.values()]
+        rows.append(family_row(family, [name for kind, name in KINDS.items() if family.suits(kind)], screens))
+    rows += [family_row(family, [KINDS[kind]], []) for kind, family in BENIGN.items()]
     columns = ("Family", "What it is", "Attacks", "Trains", "Optimizer", "Tried at", "Also in")
     return page(
         [
@@ -216,13 +216,13 @@ def attacks() -> str:
     )
 
 
-def family_row(family: Family, presets: list[str]) -> tuple[str, ...]:
+def family_row(family: Family, attacked: list[str], presets: list[str]) -> tuple[str, ...]:
     """One family in words."""
     trains = {"all": "all weights", "lora": "LoRA", "head": "the head"}[family.scope] if family.trains else "nothing"
     return (
         f"`{family.name}`",
         family.title + (" (stands outside the verdict)" if family.needs_parent else ""),
-        " and ".join(name for kind, name in KINDS.items() if family.suits(kind)),
+        " and ".join(attacked),
         trains if family.head == "kept" else f"{trains}, fresh head",
         family.optimizer if family.trains else "–",
         tried_at(family),
