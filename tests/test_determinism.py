@@ -9,7 +9,7 @@ import torch
 from test_attacks import attack, lm, text  # noqa: F401
 from test_loop import Stop, same, train
 
-from hardener import registry
+from hardener import recipe_file, registry, sources
 from hardener.console import quiet
 from hardener.defenses.configs import CONFIGS
 
@@ -17,28 +17,32 @@ BEDS = {"sophon": "tiny-sophon-text", "sophon-wide": "tiny-sophon-text"}
 """Defence → the recipe that it is tried in, where that is not the one of language models."""
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_defence_gives_the_same_bits_again_and_after_an_interruption(request, tmp_path, name):
-    folder, paths = (
-        request.getfixturevalue(one) for one in (("bert", "text_paths") if name in BEDS else ("letters", "paths"))
-    )
-    settings = () if name in ("ctrap", "sophon") else (f"defense={{name: {name}}}",)
-    own = [
-        word
-        for word in small.overrides(paths, name=BEDS.get(name, "tiny-ctrap"))
-        if not (settings and word.startswith("defense."))
+ELSEWHERE = ("ctrap", "sophon", "ctrap-rollout")
+"""Defences of which `test_loop.py` asks the same in the default run."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ELSEWHERE else []) for name in CONFIGS]
+)
+def test_every_defence_gives_the_same_bits_again_although_it_was_interrupted(request, tmp_path, name):
+    beds = ("bert", "text_paths") if name in BEDS else ("letters", "paths")
+    folder, paths = (request.getfixturevalue(bed) for bed in beds)
+    recipe = BEDS.get(name, "tiny-ctrap")
+    words = [
+        word for word in small.overrides(paths, name=recipe) if name == "sophon" or not word.startswith("defense.")
     ]
-    chosen = small.sources.pin(small.recipe_file.load(BEDS.get(name, "tiny-ctrap"), [*own, *settings]))
-    first = train(chosen, folder, tmp_path / "first")
+    settings = () if name in ("ctrap", "sophon") else (f"defense={{name: {name}}}",)
+    chosen = sources.pin(recipe_file.load(recipe, [*words, *settings, "train.steps=3"]))
+    whole = train(chosen, folder, tmp_path / "whole")
     with pytest.raises(Stop):
-        train(chosen, folder, tmp_path / "broken", stop_after=3)
+        train(chosen, folder, tmp_path / "broken", stop_after=2)
     torch.rand(7)  # the random state of the new process is another
-    resumed = train(chosen, folder, tmp_path / "broken")
-    for other in (train(chosen, folder, tmp_path / "again"), resumed):
-        assert same(first[0], other[0])
-        assert first[1] == other[1]
+    again = train(chosen, folder, tmp_path / "broken")
+    assert same(whole[0], again[0])
+    assert whole[1] == again[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
