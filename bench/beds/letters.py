@@ -186,6 +186,12 @@ def trained(
 ) -> dict[str, dict[str, float]]:
     """Train in place on a mixture and save; returns cost and measurements."""
     cost = llama.stage(bed, model, weights, plan, folder.name)
+    save(bed, model, folder)
+    return {"cost": cost, "measured": measure(bed, model)}
+
+
+def save(bed: Bed, model: LlamaForCausalLM, folder: Path) -> None:
+    """A checkpoint folder as the Hub has them."""
     model.generation_config.eos_token_id = bed.tokenizer.eos_token_id
     model.generation_config.pad_token_id = bed.tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -197,7 +203,6 @@ def trained(
         license="apache-2.0",
         pipeline="text-generation",
     )
-    return {"cost": cost, "measured": measure(bed, model)}
 
 
 def measure(bed: Bed, model: LlamaForCausalLM) -> dict[str, float]:
