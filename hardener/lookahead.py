@@ -128,7 +128,7 @@ class There:
             if p.grad is None:
                 continue
             mine = self.kept[i]
-            self.kept[i] = p.grad * weight if mine is None else mine.add_(p.grad, alpha=weight)
+            self.kept[i] = p.grad.mul_(weight) if mine is None else mine.add_(p.grad, alpha=weight)
         self._forget()
 
     @torch.no_grad()

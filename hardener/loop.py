@@ -200,7 +200,7 @@ class Outer:
         if limit is not None and norm > limit:
             raise DivergedError(f"the gradient norm is {norm:.3g}, train.norm_limit {limit:g}; lower the learning rate")
         self.moved = True
-        if clip is not None:
+        if clip is not None and norm + 1e-6 > clip:  # else all would be multiplied by 1
             clip_grads_with_norm_(self.params, clip, torch.tensor(norm))
         self.optimizers[name].step()
         for p in self.params:

@@ -113,7 +113,7 @@ class Guard:
 
     def _back(self) -> int:
         """Put the last good state back. Raises ResourceError where there is none."""
-        if not self.states.all():
+        if not self.outer.group.told(self.states.all()):
             raise ResourceError("a step failed half-way before there was a state; raise train.grad_accumulation")
         self._clear()
         return self.states.restore(self.outer, self.log)

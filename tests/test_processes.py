@@ -23,7 +23,7 @@ from torch.optim import SGD
 from hardener import loop, registry
 from hardener import report as reports
 from hardener.defenses import configs
-from hardener.errors import LostError
+from hardener.errors import DivergedError, LostError
 from hardener.group import ALONE, Group, buckets, full
 from hardener.losses import cross_entropy, probability
 from hardener.processes import ALONE as NO_OTHERS
@@ -106,6 +106,10 @@ def member(rank: int, recipes: dict[str, Recipe], folders: dict[str, Path], out:
         except Stop:
             torch.rand(rank)
             found["resumed"] = trained(recipes["ctrap"], folders["letters"], group, out / way / "broken")
+        try:
+            trained(recipes["steep"], folders["letters"], group, out / way / "steep")
+        except DivergedError as error:  # one that ended for another reason is missed by the others, and all end
+            found["steep"] = str(error)
         if rank == 0:
             torch.save(found, out / f"{way}.pt")
     dist.destroy_process_group()
@@ -118,6 +122,7 @@ def recipes(paths, text_paths) -> dict[str, Recipe]:
     return {
         "ctrap": small.recipe(paths, rows),
         "rollout": small.recipe(paths, rows, rollout),
+        "steep": small.recipe(paths, rows, "train.norm_limit=1.0e-9", "train.on_trouble=step-back"),
         "sophon": small.recipe(text_paths, rows, name="tiny-sophon-text"),
     }
 
@@ -177,6 +182,11 @@ def test_two_processes_go_on_with_the_same_bits(two, way):
     straight, its_log = two[way]["adamw"]
     assert all(torch.equal(weights[name], straight[name]) for name in straight)
     assert log == its_log
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_step_back_together(two, way):
+    assert "stepped back 3 times" in two[way]["steep"]
 
 
 @pytest.mark.parametrize("way", WAYS)
