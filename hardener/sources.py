@@ -6,6 +6,7 @@ A Hub dataset is pinned to a commit, a local file or folder to its hash, which i
 from __future__ import annotations
 
 import codecs
+import errno
 import glob
 import hashlib
 import itertools
@@ -17,10 +18,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from hardener.errors import DataError
+from hardener.errors import DataError, ResourceError
 from hardener.recipe import ROLES, Probe, Recipe, Source
 from hardener.tasks.base import Task
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -229,7 +231,10 @@ def fill(column: str, row: dict[str, Any]) -> Any:
 
 
 def load(source: Source, where: str) -> Any:
-    """Load one source with the `datasets` library. Raises DataError naming what could not be read, or HubError."""
+    """Load one source with the `datasets` library.
+
+    Raises DataError naming what could not be read, HubError, ResourceError for a full disk.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -245,6 +250,8 @@ def readable(where: str) -> Iterator[None]:
     try:
         yield
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
+        if any(isinstance(one, OSError) and one.errno in FULL for one in (error, error.__cause__)):
+            raise ResourceError(f"{where} cannot be prepared: no space left; set HF_HOME to another disk") from error
         raise DataError(f"{where} cannot be read: {error.__cause__ or error}") from error
     except StopIteration:  # how a reader ends that finds no row at all
         raise DataError(f"{where} cannot be read: it is empty") from None

@@ -8,6 +8,7 @@ whole in it, so any number of processes can go on from it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -52,7 +53,10 @@ class States:
                 "schedules": {name: s.state_dict() for name, s in outer.schedules.items()},
                 "log": log,
             }
-            files.write_json(new / "state.json", state)
+            files.write_json(new / "state.json", state | {"itself": _hash(state)})
+        self._drop_old()
+
+    def _drop_old(self) -> None:
         for old in self.all()[:-KEPT]:
             shutil.rmtree(old)
 
@@ -66,6 +70,8 @@ class States:
         state = outer.group.told(state)
         if state is None:
             return 0
+        if outer.group.first:
+            self._drop_old()  # a process that was killed may have left one too many
         _put(outer, state, _in_all(tensors, outer.group))
         log[:] = state["log"]
         return int(state["step"])
@@ -82,10 +88,16 @@ class States:
 def _read(folder: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
-        whole = state["sha256"] == files.sha256(folder / "tensors.safetensors")
+        untouched = state.pop("itself") == _hash(state)
+        whole = untouched and state["sha256"] == files.sha256(folder / "tensors.safetensors")
     except (OSError, ValueError, KeyError):
         return None
     return state if whole else None
+
+
+def _hash(state: dict[str, Any]) -> str:
+    """Over all that `state.json` says beside this."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _on_first(shards: dict[str, Tensor], group: Group) -> dict[str, Tensor]:

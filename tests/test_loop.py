@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,9 @@ DAMAGE = {
     "tampered": lambda folder: flip(folder / "tensors.safetensors"),
     "torn": lambda folder: (folder / "tensors.safetensors").write_bytes(b""),
     "without json": lambda folder: (folder / "state.json").unlink(),
+    "a number changed in json": lambda folder: (folder / "state.json").write_text(
+        re.sub(r'"retain": \d+', '"retain": 0', (folder / "state.json").read_text())
+    ),
     "half json": lambda folder: (folder / "state.json").write_text('{"step": 3, '),
 }
 
