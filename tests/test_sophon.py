@@ -490,7 +490,7 @@ def test_a_simulated_lora_on_convolutions_is_pefts(wide):
     close([w.detach() for w in weights], [merged[0].weight.detach(), merged[2].weight.detach()], 1e-5)
 
 
-def test_reinforcement_adds_the_divergence_from_the_model_as_it_came(wide):
+def test_reinforcement_adds_the_divergence_from_the_parent(wide):
     """∇[L + κ·KL(f₀‖f)], f₀ in its own mode: on a model that was moved away, the second term pulls it back."""
     defense, outer = double(wide("image", distil=0.7, reinforcement_steps=1))
     came = copy.deepcopy(outer.model).eval()
@@ -540,7 +540,7 @@ def shake(outer) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"floor": 0.97, "floor_every": 1, "alpha_lr": 0.3}])
 def test_a_wide_run_goes_on_with_the_same_bits(wide, tmp_path: Path, settings):
-    """Attackers, their scores, the model as it came, the floor and the halved α are the same ones."""
+    """Attackers, their scores, the parent, the floor and the halved α are the same ones."""
     recipe, folder = wide("image", "train.steps=6", "train.schedule=cosine", **settings)
     straight = train(recipe, folder, tmp_path / "straight")
     assert any("alpha" in point for point in straight[1]) == bool(settings)

@@ -15,7 +15,7 @@ batch, K and w evenly.
 
 An attacker that ends in infinite weights has beaten itself: nothing is suppressed in that step, and it scores zero.
 Draws depend on `train.seed`, the number of the outer step and the scores, which are in the resumable state. f₀ is the
-model as it came. LoRA is simulated on linear and convolution layers, a new head is trained in full beside it.
+parent, also after an erasure. LoRA is simulated on linear and convolution layers, a new head trained in full beside it.
 
 Cost: K(1 + 1/m) + w + l_NTR forward and backward passes per outer step and l_NTR forward passes of f₀; two copies of
 the weights, three with a warm-up, one of their gradient, and φ's moments, whatever K is.
@@ -83,7 +83,7 @@ class SophonWide:
         self.suppression = SUPPRESSION[config.suppression]
         self.guard = Guard(config)
         self.distils = config.distil > 0
-        """Asks the loop to keep the model as it came."""
+        """Asks the loop to keep the parent."""
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
         """Two Adams: α suppresses, β reinforces; and the point to go back to, where there is a floor."""
@@ -211,7 +211,7 @@ class SophonWide:
         return Adapter(matrices, lambda ab: make([*ab, *head], attacker.rate), LORA, attacker.dice.generator)
 
     def reinforce(self, outer: Outer, log: dict[str, float]) -> None:
-        """One NTR step: the ordinary loss, and what the model as it came says of the same rows."""
+        """One NTR step: the ordinary loss, and what the parent says of the same rows."""
         rows, kappa = outer.draw("retain", self.train.batch_size), self.config.distil
         if outer.origin is None:
             outer.gradient(self.task.loss, rows, log, "retain")()
