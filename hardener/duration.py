@@ -48,6 +48,9 @@ SCORED = 64
 CONVOLVED = 168
 """How often a weight of a convolutional network is used on an image of 224 pixels a side: 162 times in ResNet-18 and
 174 in ResNet-50, as torch counts."""
+DENOISED = 1 / 6
+"""Share of an image's pixels at which a weight of a denoiser is used: 0.17 in those of three or four resolutions, 0.03
+in those of six, as torch counts."""
 ROW_A_LINE = (".jsonl", ".csv", ".tsv")
 """Files whose rows can be measured without knowing their columns."""
 BEGINNING = 1 << 16
@@ -187,6 +190,8 @@ def lengths(recipe: Recipe, chosen: Sequence[Family]) -> list[int]:
 
 def tokens_per_row(recipe: Recipe, ref: ModelRef) -> float:
     """How often each weight is used on one row: tokens of a text, patches of an image, places of a convolution."""
+    if recipe.task == "unconditional-diffusion":
+        return float(DENOISED * ref.config["sample_size"] ** 2)
     if recipe.task != "image-classification":
         return text_length(recipe.data)
     side, patch = ref.config.get("image_size"), ref.config.get("patch_size")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import hardener
-from hardener import card, checkpoint, contradictions, hub, metadata, recipe_file, samples, stages
+from hardener import card, checkpoint, contradictions, duration, hub, metadata, recipe_file, samples, stages
 from hardener import report as reports
 from hardener.attacks import families
 from hardener.attacks.attack import Attack
@@ -319,6 +319,14 @@ def test_sophon_for_diffusion_has_the_settings_of_the_authors_code():
     assert settings["inner_batch"] + settings["query_batch"] == recipe.train.batch_size == 200
     assert settings["inner_batch"] == 0.9 * recipe.train.batch_size
     assert (recipe.train.steps, recipe.train.lr, settings["suppression_clip"]) == (200, 2e-4, 0.5)
+
+
+def test_the_time_of_a_run_is_estimated_from_the_pixels_of_an_image(folder):
+    recipe, ref = recipe_file.load("sophon-diffusion"), hub.resolve(str(folder))
+    assert duration.tokens_per_row(recipe, ref) == 64 / 6
+    assert duration.passes(recipe) == 110
+    assert {steps for runs in duration.attacks(recipe).values() for steps in runs} > {0}
+    assert set(duration.attacks(recipe)) == {"original", "hardened", "scratch"}
 
 
 def test_a_restricted_image_among_those_to_keep_is_refused(folder, tmp_path):

@@ -166,7 +166,9 @@ def write_text_bed(data: Path, out: Path) -> None:
         write(rows, out / f"{name}.jsonl")
 
 
-def write_card(folder: Path, *, title: str, text: str, license: str, pipeline: str) -> None:
+def write_card(
+    folder: Path, *, title: str, text: str, license: str, pipeline: str, library: str = "transformers"
+) -> None:
     """The README.md of a checkpoint, with the metadata that the Hub reads."""
-    header = f"---\nlicense: {license}\nlibrary_name: transformers\npipeline_tag: {pipeline}\n---\n"
+    header = f"---\nlicense: {license}\nlibrary_name: {library}\npipeline_tag: {pipeline}\n---\n"
     (folder / "README.md").write_text(f"{header}\n# {title}\n\n{text}\n\n{PURPOSE}\n", encoding="utf-8")
