@@ -22,6 +22,11 @@ from hardener.errors import DataError, ResourceError
 from hardener.recipe import ROLES, Probe, Recipe, Source
 from hardener.tasks.base import Task
 
+PACKED = (
+    *(b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"),
+    *(b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\x04\x22\x4d\x18"),
+)
+"""How files begin that are zip, gzip, bzip2, xz, zstd, 7z, rar or lz4."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -271,6 +276,10 @@ def _from_disk(source: Source, where: str) -> Any:
 
     path, suffix = _path(source), _suffix(source.dataset)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and is_archive(file):
+            raise DataError(
+                f"{where}: {file.name} is an archive or compressed, which is never unpacked; unpack it first"
+            )
         if FORMATS.get(file.suffix.lower()) == "json" and file.is_file() and (number := null_line(file)):
             raise DataError(f"{where}: line {number} of {file.name} is null; a row is an object")
     literally = glob.escape(str(path))  # `datasets` takes paths for patterns
@@ -282,6 +291,13 @@ def _from_disk(source: Source, where: str) -> Any:
         raise DataError(f"{where}: {path.name} is none of {', '.join(FORMATS)}, and no folder")
     options = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
     return load_dataset(FORMATS[suffix], data_files=literally, split="train", **options)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the `datasets` library would take a file for one to unpack: by its first bytes, whatever its name is."""
+    with path.open("rb") as stream:
+        head = stream.read(262)
+    return head.startswith(PACKED) or head[257:] == b"ustar"
 
 
 def null_line(path: Path) -> int | None:

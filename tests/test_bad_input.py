@@ -5,11 +5,15 @@ Here the inputs that no other test has. `test_recipe.py`, `test_data.py`, `test_
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 import re
 import shutil
 import struct
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +175,32 @@ def test_a_null_in_a_file_of_a_folder_is_found(letters: Path, few: dict[str, Pat
     (folder / "train.jsonl").write_text("null\n")
     with pytest.raises(DataError, match=r"line 1 of train\.jsonl is null"):
         opened(letters, few | {"benign": folder})
+
+
+def zipped(path: Path, text: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("rows.jsonl", text)
+
+
+def tarred(path: Path, text: bytes) -> None:
+    entry = tarfile.TarInfo("../../rows.jsonl")
+    entry.size = len(text)
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(entry, io.BytesIO(text))
+
+
+@pytest.mark.parametrize("name", ["train.zip", "train.jsonl", "train.tar", "train.jsonl.gz"])
+@pytest.mark.parametrize("place", ["alone", "in a folder"])
+def test_no_archive_is_unpacked_whatever_its_name_is(
+    letters: Path, few: dict[str, Path], tmp_path: Path, name: str, place: str
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    text = few["benign"].read_bytes()
+    pack = {".tar": tarred, ".gz": lambda path, text: path.write_bytes(gzip.compress(text))}
+    pack.get(Path(name).suffix, zipped)(folder / name, text)
+    with pytest.raises(DataError, match=r"never unpacked|is none of"):
+        opened(letters, few | {"benign": folder if place == "in a folder" else folder / name})
 
 
 # --- checkpoints ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import subprocess
 import sys
@@ -122,6 +123,28 @@ def test_a_forgotten_stage_is_done_anew(run):
 
 def test_the_folder_is_private_to_its_user(run):
     assert run.path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_start_that_was_killed_can_be_started_again_and_nothing_of_others_is_taken(tmp_path):
+    begun = tmp_path / "run"
+    begun.mkdir()
+    for name in (".lock", "recipe.yaml", ".run.json.new"):
+        (begun / name).write_text("half")
+    assert RunFolder.create(begun, REQUEST, "name: x\n").recipe.read_text() == "name: x\n"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "recipe.yaml").write_text("mine")
+    with pytest.raises(RunError, match="not empty"):
+        RunFolder.create(mine, REQUEST, "")
+    assert (mine / "recipe.yaml").read_text() == "mine"
+
+
+def test_of_two_starts_in_one_folder_the_second_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("a+") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="in use by process"):
+            RunFolder.create(tmp_path / "run", REQUEST, "")
 
 
 def test_the_date_comes_from_source_date_epoch(monkeypatch, tmp_path):
