@@ -90,7 +90,7 @@ class Chain:
         there.close()
         if kill is not None:
             _end(process.pid, here, kill)
-        process.join(120)
+        process.join(900)  # as long as a crowded machine may need
         assert process.exitcode is not None
         seconds, changes = _told(here)
         error = self.home / "stderr"
