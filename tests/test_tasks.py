@@ -18,7 +18,6 @@ from hardener.tasks.causal_lm import CausalLM
 from hardener.tasks.image_classification import ImageClassification
 from hardener.tasks.sequence_classification import SequenceClassification
 
-
 MAKERS = {
     "causal-lm": tiny.letters,
     "sequence-classification": tiny.bert,
