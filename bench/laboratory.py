@@ -59,6 +59,7 @@ class Erasing:
 
 
 EVERYWHERE = Erasing("alpha: 0.95")
+LONGER = Erasing("alpha: 0.95", share=0.356, batch=64)
 THERE = Erasing(LOCATED)
 ARMS: dict[str, tuple[str | Erasing, ...]] = {
     "sft": ("defense.lam=0.0",),
@@ -69,10 +70,11 @@ ARMS: dict[str, tuple[str | Erasing, ...]] = {
     "erase-0.5": (Erasing("alpha: 0.5"), *UNDEFENDED),
     "erase-0.85": (Erasing("alpha: 0.85"), *UNDEFENDED),
     "erase-0.95": (EVERYWHERE, *UNDEFENDED),
-    "erase-0.95-third": (Erasing("alpha: 0.95", share=0.356, batch=64), *UNDEFENDED),
+    "erase-0.95-third": (LONGER, *UNDEFENDED),
     "erase-located": (THERE, *UNDEFENDED),
     "erase-0.95+ctrap-rollout": (EVERYWHERE, ROLLOUT),
     "erase-0.95+ctrap-adaptive": (EVERYWHERE, ADAPTIVE),
+    "erase-0.95-third+ctrap-adaptive": (LONGER, ADAPTIVE),
     "erase-located+ctrap-adaptive": (THERE, ADAPTIVE),
 }
 """Arm → what it overrides in the bed's recipe. Two controls have the same rows, steps and rate: `sft` without a trap,
