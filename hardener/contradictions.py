@@ -170,12 +170,10 @@ def _defence(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("defense", "suppression"), text)
     if settings.get("inner_adapter", "none") != "none" and recipe.adapter != "none":
         yield Problem(("defense", "inner_adapter"), "an adapter is simulated on all weights: it needs `adapter: none`")
-    if (
-        isinstance(settings.get("subspaces"), list | tuple)
-        and "lora" in settings["subspaces"]
-        and recipe.adapter != "none"
-    ):
-        yield Problem(("defense", "subspaces"), "a LoRA is simulated on all weights: it needs `adapter: none`")
+    for key in ("subspaces", "scopes"):
+        listed = settings.get(key)
+        if isinstance(listed, list | tuple) and "lora" in listed and recipe.adapter != "none":
+            yield Problem(("defense", key), "a LoRA is simulated on all weights: it needs `adapter: none`")
 
 
 def _probe(recipe: Recipe) -> Iterator[Problem]:

@@ -23,7 +23,7 @@ from torch.optim import SGD
 from hardener import loop, registry
 from hardener import report as reports
 from hardener.defenses import configs
-from hardener.errors import DivergedError, LostError
+from hardener.errors import DivergedError, LostError, RecipeError
 from hardener.group import ALONE, Group, buckets, full
 from hardener.losses import cross_entropy, probability
 from hardener.processes import ALONE as NO_OTHERS
@@ -86,9 +86,12 @@ def computed(recipes: dict[str, Recipe], folders: dict[str, Path], group: Group,
         "sgd": trained(chosen, letters, group, out / "sgd", plain),
         "adamw": trained(chosen, letters, group, out / "adamw"),
     }
-    if group.mesh is None:
-        found["rollout"] = trained(recipes["rollout"], letters, group, out / "rollout", plain)
-        found["sophon"] = trained(recipes["sophon"], folders["bert"], group, out / "sophon", plain)
+    if group.mesh is not None:
+        with pytest.raises(RecipeError, match="a LoRA cannot be simulated on sharded weights"):
+            trained(recipes["rollout"], letters, group, out / "rollout", plain)
+        return found
+    found["rollout"] = trained(recipes["rollout"], letters, group, out / "rollout", plain)
+    found["sophon"] = trained(recipes["sophon"], folders["bert"], group, out / "sophon", plain)
     return found
 
 

@@ -234,6 +234,14 @@ def test_an_unknown_name_gets_the_nearest_shipped_one(tmp_path: Path) -> None:
             ["defense={name: ctrap-rollout, inner_adapter: {r: 2, alpha: 4}}", "adapter={r: 4, alpha: 8}"],
             "defense.inner_adapter: an adapter is simulated on all weights",
         ),
+        (
+            ["defense={name: ctrap-adaptive, subspaces: [all, lora]}", "adapter={r: 4, alpha: 8}"],
+            "defense.subspaces: a LoRA is simulated on all weights",
+        ),
+        (
+            ["defense={name: sophon-wide, scopes: [all, lora]}", "adapter={r: 4, alpha: 8}"],
+            "defense.scopes: a LoRA is simulated on all weights",
+        ),
         (["data.shares=[0.5, 0.5, 0.5]"], "data.shares: shares must sum to 1, not to 1.5"),
         (["data.shares=[1.5, -0.5, 0.0]"], "data.shares: shares must be ≥ 0, not -0.5"),
         (["data.retain=null"], "data.retain: is required: a list"),

@@ -98,7 +98,7 @@ class Guard:
         """Where a look is due, keep the point or go back to the last one; True if that was needed."""
         if self.config.floor is None or not self.due(outer):
             return False
-        share = self.measured(outer) / outer.memory[START]
+        share = outer.group.told(self.measured(outer) / outer.memory[START])  # all processes decide alike
         log[NAME] = share
         if share > self.config.floor:
             self.kept(outer).keep(outer.model)

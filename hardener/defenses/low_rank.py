@@ -68,7 +68,7 @@ def drawn(r: int, like: Tensor, generator: torch.Generator) -> nn.Parameter:
 def linear_weights(model: nn.Module, lora: Lora) -> list[nn.Parameter]:
     """The trainable linear weights that the LoRA is for; `all-linear` leaves the output layer out, as peft does.
 
-    Raises RecipeError if there are none, or if the model is hardened through an adapter of its own.
+    Raises RecipeError if there are none, if they are sharded, or if the model is hardened through an adapter.
     """
     if hasattr(model, "peft_config"):
         raise RecipeError("a simulated LoRA needs `adapter: none`: it is added to trainable weights")
@@ -82,4 +82,6 @@ def linear_weights(model: nn.Module, lora: Lora) -> list[nn.Parameter]:
     found = [weight for weight in chosen if isinstance(weight, nn.Parameter) and weight.requires_grad]
     if not found:
         raise RecipeError(f"target_modules of the simulated LoRA: no trainable linear layer is {lora.target_modules!r}")
+    if hasattr(found[0], "full_tensor"):
+        raise RecipeError("a LoRA cannot be simulated on sharded weights; leave --shard out")
     return found
