@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from hardener.bench import Bench, kept
 from hardener.checks import NO_ATTACK
 from hardener.conditions import LEAST_TRIALS, WORST
 from hardener.data import Slice
+from hardener.errors import ResourceError, out_of_memory
 from hardener.judges import USABLE, agreement
 from hardener.judging import Judge, mean
 from hardener.ladder import Ladder, settled
@@ -274,6 +276,24 @@ class Prober:
 
         def announced() -> Run:
             self.progress.announce(title)
-            return make()
+            with enough_memory(title, attack):
+                return make()
 
         return self.store.run(attack, announced)
+
+
+@contextmanager
+def enough_memory(title: str, attack: Attack) -> Iterator[None]:
+    """Turn too little memory into a ResourceError that names the attack and the settings to change.
+
+    The batch is not cut, as the hardening cuts it: an objective of two terms has another value over parts.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"out of memory ({error}) in the attack {title}; free some, or start a new run with a lower "
+            f"probe.batch_size (now {attack.batch_size}) or data.max_length"
+        ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import small
 import torch
 from test_loop import same
 
-from hardener import loop, recipe_file, registry, trouble
+from hardener import loop, recipe_file, registry, stages, trouble
+from hardener.attacks.families import FULL
+from hardener.console import Narrator
 from hardener.defenses import configs
 from hardener.errors import DivergedError, RecipeError, ResourceError
+from hardener.probing import Prober
 from hardener.state import States
 
 Outer = loop.Outer
@@ -143,6 +147,36 @@ def test_where_not_even_one_row_fits_the_settings_are_named(letters, paths, tmp_
     with pytest.raises(ResourceError, match=r"with 8 micro-batches per batch; lower train\.batch_size") as caught:
         train(small.recipe(paths), letters, tmp_path, room=0)
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize("room", [7, 8])
+def test_an_attack_that_does_not_fit_is_named_with_the_settings_to_change(letters, paths, tmp_path, room):
+    """The batch is one of eight rows."""
+    bench = stages.open_bench(small.recipe(paths), letters, "cpu", Narrator(silent=True))
+    load = bench.task.load
+
+    def within(model: Any, _: Any, inputs: dict[str, torch.Tensor]) -> None:
+        if model.training and len(inputs["input_ids"]) > room:
+            raise torch.OutOfMemoryError(f"no memory for {len(inputs['input_ids'])} rows")
+
+    def loaded(folder: Path) -> Any:
+        model = load(folder)
+        model.register_forward_pre_hook(within, with_kwargs=True)
+        return model
+
+    bench.task.load = loaded
+    prober = Prober(bench, "hardened", letters, tmp_path, lambda _: None)
+    family = replace(FULL, steps=2)
+    if room == 8:
+        assert prober.attack(family, 1e-3, 0).failed is None
+        return
+    with pytest.raises(
+        ResourceError, match=r"no memory for 8 rows\) in the attack .*, rate 0\.001, seed 0; .*"
+    ) as told:
+        prober.attack(family, 1e-3, 0)
+    assert "a lower probe.batch_size (now 8) or data.max_length" in str(told.value)
+    assert told.value.exit_code == 5
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_erasing_knows_no_step_back():
