@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from hardener import files, registry
@@ -33,6 +32,7 @@ from hardener.tasks.base import Example, Task
 from hardener.tasks.causal_lm import CausalLM
 
 Kind = TypeVar("Kind", Run, Measurement)
+log = logging.getLogger("hardener")
 
 HARMLESS_ROWS = 200
 """Harmless prompts on which refusals are counted."""
@@ -245,10 +245,13 @@ def cached(path: Path, make: Callable[[], Measurement]) -> Measurement:
 
 
 def kept(path: Path, kind: type[Kind], make: Callable[[], Kind]) -> Kind:
-    """Return what was kept under this name, or make it and keep it; a file that is damaged is made anew."""
+    """Return what was kept under this name, or make it and keep it; a damaged or changed file is told and made anew."""
     if path.is_file():
-        with suppress(ValidationError):
-            return kind.model_validate_json(path.read_bytes())
+        try:
+            return kind.model_validate(files.read_sealed(path))
+        except ValueError as error:
+            why = str(error).splitlines()[0]
+            log.warning("%s is damaged or was changed, and is measured again (%s)", path, why)
     made = make()
-    files.write_text(path, made.model_dump_json())
+    files.write_sealed(path, json.loads(made.model_dump_json()))
     return made

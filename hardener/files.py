@@ -18,6 +18,8 @@ from hardener.errors import ResourceError
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
+SEAL = "itself"
+"""Key of the hash that a file of JSON has over all else that it says."""
 UNSUMMED = (SUMS, SIGNATURE)
 """What lies at the root of a release and is not in its sums: the sums themselves, and the signature over them."""
 
@@ -61,6 +63,23 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, keys in their order."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON atomically, with a hash over all that it says."""
+    write_json(path, value | {SEAL: _seal(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises ValueError if the file is torn, or changed since."""
+    value = json.loads(path.read_text("utf-8"))
+    if not isinstance(value, dict) or value.pop(SEAL, None) != _seal(value):
+        raise ValueError("it does not agree with its own hash")
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @contextmanager

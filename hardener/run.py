@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -56,7 +55,7 @@ class RunFolder:
     def reopen(cls, path: Path) -> RunFolder:
         """Open an existing run. Raises RunError if it is none."""
         try:
-            journal = json.loads((path / JOURNAL).read_text("utf-8"))
+            journal = files.read_sealed(path / JOURNAL)
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{path} is not a run folder: it has no {JOURNAL}") from None
         except ValueError as error:
@@ -178,7 +177,7 @@ class RunFolder:
         return {name: stage["seconds"] for name, stage in self._journal["stages"].items()}
 
     def _write(self) -> None:
-        files.write_json(self.path / JOURNAL, self._journal)
+        files.write_sealed(self.path / JOURNAL, self._journal)
 
 
 def check_free(path: Path) -> None:
@@ -192,9 +191,9 @@ def check_free(path: Path) -> None:
         raise RunError(f"{path} is not empty; {hint} another folder with --output")
 
 
-def _is_journal(value: Any) -> bool:
+def _is_journal(value: dict[str, Any]) -> bool:
     parts = {"request": dict, "fingerprint": dict, "stages": dict, "created": str}
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in parts.items()):
+    if not all(isinstance(value.get(key), kind) for key, kind in parts.items()):
         return False
     return "model" in value["request"] and all("result" in stage for stage in value["stages"].values())
 

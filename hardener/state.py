@@ -8,8 +8,6 @@ whole in it, so any number of processes can go on from it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +51,7 @@ class States:
                 "schedules": {name: s.state_dict() for name, s in outer.schedules.items()},
                 "log": log,
             }
-            files.write_json(new / "state.json", state | {"itself": _hash(state)})
+            files.write_sealed(new / "state.json", state)
         self._drop_old()
 
     def _drop_old(self) -> None:
@@ -87,17 +85,11 @@ class States:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
-        untouched = state.pop("itself") == _hash(state)
-        whole = untouched and state["sha256"] == files.sha256(folder / "tensors.safetensors")
-    except (OSError, ValueError, KeyError):
+        state = files.read_sealed(folder / "state.json")
+        whole = state["sha256"] == files.sha256(folder / "tensors.safetensors")
+    except (OSError, ValueError):
         return None
     return state if whole else None
-
-
-def _hash(state: dict[str, Any]) -> str:
-    """Over all that `state.json` says beside this."""
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _on_first(shards: dict[str, Tensor], group: Group) -> dict[str, Tensor]:

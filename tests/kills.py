@@ -25,6 +25,8 @@ from typing import Literal
 
 import small
 
+from hardener import files
+
 How = Literal["after seconds", "before a write", "within a write", "disk full"]
 HOW: tuple[How, ...] = ("after seconds", "before a write", "within a write")
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
@@ -51,6 +53,8 @@ class Ending:
 
     code: int
     seconds: float
+    cpu: float
+    """Seconds of a processor, which do not depend on what else the machine does."""
     changes: int
     error: str
 
@@ -92,9 +96,8 @@ class Chain:
             _end(process.pid, here, kill)
         process.join(900)  # as long as a crowded machine may need
         assert process.exitcode is not None
-        seconds, changes = _told(here)
         error = self.home / "stderr"
-        ending = Ending(process.exitcode, seconds, changes, error.read_text() if error.exists() else "")
+        ending = Ending(process.exitcode, *_told(here), error.read_text() if error.exists() else "")
         if kill is not None and ending.code == -signal.SIGKILL:
             self.kills.append(kill)
             self.stages.append(_doing(ending.error))
@@ -130,9 +133,9 @@ def _heard(events: Connection) -> bool:
         return False
 
 
-def _told(events: Connection) -> tuple[float, int]:
-    """Seconds and changes of a life that ended by itself, which it tells at last."""
-    told = (0.0, 0)
+def _told(events: Connection) -> tuple[float, float, int]:
+    """Seconds, those of a processor, and changes of a life that ended by itself, which it tells at last."""
+    told = (0.0, 0.0, 0)
     with suppress(EOFError):
         while True:
             heard = events.recv()
@@ -168,7 +171,7 @@ def _life(words: list[str], variables: dict[str, str], home: Path, kill: Kill | 
     try:
         small._child(words, variables, home, home, None)
     finally:
-        told.send((time.monotonic() - began, changes))
+        told.send((time.monotonic() - began, time.process_time(), changes))
 
 
 def _writes(mine: str, path: object, mode: object, flags: object) -> bool:
@@ -208,7 +211,7 @@ def lost(left: Path, whole: Path) -> list[str]:
 def journal(run: Path) -> bytes:
     """The journal without what differs from process to process."""
     read = json.loads((run / "run.json").read_bytes())
-    del read["pid"]
+    del read["pid"], read[files.SEAL]
     for stage in read["stages"].values():
         del stage["seconds"]
     return json.dumps(read).encode()

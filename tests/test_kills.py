@@ -71,9 +71,9 @@ def test_a_disk_that_is_full_from_any_write_on_ends_the_run_with_5_and_loses_not
         assert kills.lost(other.run, chain.run) == []
 
 
-def test_an_undisturbed_run_takes_at_most_ten_seconds_and_says_every_stage(whole):
+def test_an_undisturbed_run_takes_at_most_ten_seconds_of_a_processor_and_says_every_stage(whole):
     _, ending = whole
-    assert ending.seconds < 10
+    assert 0 < ending.cpu < 10
     assert all(f"▸ {stage}" in ending.error for stage in STAGES)
 
 

@@ -28,6 +28,7 @@ from hardener.errors import (
     UsageError,
     VerifyError,
 )
+from hardener.run import RunFolder
 
 pytestmark = [PLAIN_HTTP, pytest.mark.usefixtures("warm")]
 LONG = ("train.steps=40", "train.save_every=2")
@@ -139,9 +140,7 @@ def test_resuming_with_another_recipe_or_parent_is_refused_with_the_difference(d
     (run / "recipe.yaml").write_text(recipe)
     parent = shutil.copytree(letters, tmp_path / "letters")
     (parent / "generation_config.json").write_text("{}")
-    journal = json.loads((run / "run.json").read_text())
-    journal["request"]["model"] = str(parent)
-    (run / "run.json").write_text(json.dumps(journal))
+    RunFolder.reopen(run).ask(model=str(parent))
     with pytest.raises(RunError, match=r"resumed:\n  parent: was \w+, is \w+$"):
         hardener.harden(resume=run)
 

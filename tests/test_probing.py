@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerControl, TrainerState
 
 import hardener
-from hardener import demo, stages
+from hardener import demo, files, stages
 from hardener.attacks import families as table
 from hardener.attacks.asked import WAYS
 from hardener.attacks.attack import Attack
@@ -539,13 +539,28 @@ def test_a_finished_run_is_not_run_again_and_a_changed_attack_is(tmp_path):
     assert len(made) == 1 + len(changed) + 1
 
 
-@pytest.mark.parametrize("left", ['{"fam', "{}", "\\udcff"])
-def test_a_damaged_file_of_an_earlier_run_is_made_anew(tmp_path, left):
+DAMAGE = {
+    "torn": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "empty": lambda path: path.write_text("{}"),
+    "no text": lambda path: path.write_bytes(b"\xff"),
+    "another number": lambda path: path.write_text(path.read_text().replace("0.5", "0.1")),
+    "another form": lambda path: files.write_sealed(path, {"family": "full"}),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_or_changed_file_of_an_earlier_run_is_told_and_made_anew(tmp_path, caplog, kind):
     path = tmp_path / "run.json"
-    path.write_bytes(left.encode("utf-8", "surrogateescape"))
     run = Run(family="full", rate=1e-3, seed=0, curve=(Checkpoint(step=0, scores=(0.5,)),))
-    assert kept(path, Run, lambda: run) == run
-    assert Run.model_validate_json(path.read_text()) == run
+    kept(path, Run, lambda: run)
+    whole = path.read_bytes()
+    DAMAGE[kind](path)
+    assert path.read_bytes() != whole
+    made = []
+    assert kept(path, Run, lambda: made.append(1) or run) == run
+    assert made
+    assert f"{path} is damaged or was changed, and is measured again (" in caplog.text
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from hardener import console
+from hardener import console, files
 from hardener.errors import DivergedError, HubError, RunError, UsageError
 from hardener.run import RunFolder, resumable, today
 
@@ -57,17 +57,19 @@ def test_what_is_no_run_folder_is_said(tmp_path, run):
         RunFolder.reopen(tmp_path)
     with pytest.raises(RunError, match="is not a run folder"):
         RunFolder.reopen(run.path / "recipe.yaml")
-    for text in ('{"half', "\xff"):
+    journal = (run.path / "run.json").read_text()
+    for text in ('{"half', "\xff", "[]", journal.replace('"fingerprint": {}', '"fingerprint": {"a": "b"}')):
         (run.path / "run.json").write_text(text, "latin-1")
-        with pytest.raises(RunError, match="is damaged"):
+        with pytest.raises(RunError, match=r"run\.json is damaged .*; start a new run"):
             RunFolder.reopen(run.path)
 
 
 @pytest.mark.parametrize("key", ["request", "fingerprint", "stages", "created"])
 def test_a_journal_of_another_shape_is_refused(run, key):
     journal = json.loads((run.path / "run.json").read_text())
-    for wrong in ([], {**journal, key: 7}, {k: v for k, v in journal.items() if k != key}, {**journal, "request": {}}):
-        (run.path / "run.json").write_text(json.dumps(wrong))
+    del journal[files.SEAL]
+    for wrong in ({**journal, key: 7}, {k: v for k, v in journal.items() if k != key}, {**journal, "request": {}}):
+        files.write_sealed(run.path / "run.json", wrong)
         with pytest.raises(RunError, match="is not the journal of a run"):
             RunFolder.reopen(run.path)
 

@@ -24,6 +24,7 @@ from hardener import release as release_files
 from hardener import report as reports
 from hardener.errors import UsageError, VerifyError
 from hardener.report import Interval, Parent
+from hardener.run import RunFolder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -248,9 +249,7 @@ def test_a_bad_signature_is_named_with_all_other_disagreements(release, keys):
 
 def test_a_run_that_was_asked_to_sign_signs_whatever_it_writes_last(made, keys, tmp_path):
     run = shutil.copytree(made, tmp_path / "run")
-    journal = json.loads((run / "run.json").read_text())
-    journal["request"]["sign"] = str(keys[0])
-    (run / "run.json").write_text(json.dumps(journal))
+    RunFolder.reopen(run).ask(sign=str(keys[0]))
     for _ in range(2):  # the second time over a release that is signed already
         release_files.card_run(run)
         assert verification.verify(str(run / "release"), public_key=keys[1])["checks"]["signature"].startswith(
@@ -258,8 +257,7 @@ def test_a_run_that_was_asked_to_sign_signs_whatever_it_writes_last(made, keys, 
         )
     assert "model.sig" not in (run / "release" / "SHA256SUMS").read_text()
     assert not [p for p in (run / "release").rglob("*") if p.is_file() and bytes(keys[0]) in p.read_bytes()]
-    del journal["request"]["sign"]
-    (run / "run.json").write_text(json.dumps(journal))
+    RunFolder.reopen(run).ask(sign=None)
     release_files.card_run(run)
     assert not (run / "release" / "model.sig").exists()
 
@@ -380,9 +378,7 @@ def test_a_signed_release_on_the_hub_is_checked_as_it_lies_in_the_cache(server, 
 @PLAIN_HTTP
 def test_a_signed_run_is_pushed_with_its_signature_over_what_is_pushed(server, made, keys, tmp_path):
     run = shutil.copytree(made, tmp_path / "run")
-    journal = json.loads((run / "run.json").read_text())
-    journal["request"]["sign"] = str(keys[0])
-    (run / "run.json").write_text(json.dumps(journal))
+    RunFolder.reopen(run).ask(sign=str(keys[0]))
     release_files.push_run(run, "org/letters-hardened", private=True, push_anyway=True)
     assert "model.sig" in server.repos["org/letters-hardened"].files
     found = verification.verify("org/letters-hardened", public_key=keys[1])
