@@ -22,6 +22,7 @@ def test_the_recipes_of_the_papers_are_shipped() -> None:
         "ctrap",
         "ctrap-adaptive",
         "ctrap-rollout",
+        "erase",
         "sophon-image",
         "sophon-text",
         "tiny-ctrap",
@@ -66,7 +67,7 @@ def test_every_dataset_of_a_shipped_recipe_has_its_licence_in_the_header(name: s
         assert all(f"#   {source.dataset} " in header for source in role or ())
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "tiny-erase"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("erase")])
 def test_the_paper_of_a_shipped_recipe_is_that_of_its_defence(name: str) -> None:
     recipe = recipe_file.load(name)
     assert recipe.defense is not None
@@ -116,11 +117,15 @@ def test_the_adaptive_trap_erases_first_and_says_that_it_is_no_papers() -> None:
     recipe = recipe_file.load("ctrap-adaptive")
     assert recipe.defense is not None
     assert recipe.erase != "none"
-    assert (recipe.erase.alpha, recipe.erase.modules, recipe.erase.share) == (1.0, "located", 0.2)
+    alone = recipe_file.load("erase")
+    assert alone.defense is None
+    assert alone.data == recipe.data == recipe_file.load("ctrap").data
+    for erase in (recipe.erase, alone.erase):
+        assert erase != "none"
+        assert (erase.alpha, erase.modules, erase.share) == (1.0, "located", 0.2)
     assert set(recipe.defense.settings["goals"]) == {"harm", "mixed", "benign-loss", "repair", "warm-up"}
     assert "extension" in recipe.title
     assert "An extension" in (shipped("recipes") / "ctrap-adaptive.yaml").read_text(encoding="utf-8")
-    assert recipe.data == recipe_file.load("ctrap").data
 
 
 def test_sophon_image_has_the_published_setting() -> None:
