@@ -78,6 +78,7 @@ def explained(what: str) -> Iterator[None]:
     except (
         HTTPError,
         InvalidURL,
+        AttributeError,
         OSError,
         ValueError,
         RuntimeError,
@@ -86,6 +87,8 @@ def explained(what: str) -> Iterator[None]:
         errors.RevisionResolutionError,
         errors.CorruptedCacheException,
     ) as error:
+        if isinstance(error, AttributeError) and not _lost_its_session(error):
+            raise
         message = scrub(f"{what}: {_why(error)}")
         kind = ResourceError if _disk_is_full(error) else HubError
         raise kind(message) from (error if scrub(str(error)) == str(error) else None)
@@ -135,6 +138,11 @@ def _is_xet_failure(error: OSError | RuntimeError) -> bool:
     return type(error) in (ConnectionError, TimeoutError, RuntimeError) or type(error).__module__ == "hf_xet"
 
 
+def _lost_its_session(error: BaseException) -> bool:
+    """Of two threads whose connections are refused, the client lets one take away the session that the other uses."""
+    return isinstance(error, AttributeError) and error.obj is None and error.name in ("request", "stream")
+
+
 def _disk_is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
@@ -156,7 +164,7 @@ def _why(error: BaseException) -> str:
     if isinstance(error, errors.OIDCError):
         return f"{said}; in CI, check `id-token: write` and the repository's trusted publisher entry"
     absent = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, errors.OfflineModeIsEnabled)
-    if isinstance(error, (TransportError, InvalidURL, *absent)):
+    if isinstance(error, (TransportError, InvalidURL, *absent)) or _lost_its_session(error):
         if is_offline_mode():
             return f"HF_HUB_OFFLINE is set and the cache does not hold it; fetch it online with `hf download` ({said})"
         return f"no answer from {client().endpoint}; check the network and HF_ENDPOINT ({said})"

@@ -2,7 +2,8 @@
 
 It speaks the routes that the client 2.4 uses for models: reading (info, tree, resolve with ranges, refs),
 creating, uploading (preupload, LFS, one commit as newline-delimited JSON), pull requests, branches, tags,
-settings. Every request can be made to fail: refused, put off, dropped, cut short, slow, held (see Fault).
+settings. Every request can be made to fail: forbidden, put off, dropped, cut short, slow, held (see Fault), or not
+even taken, as nobody listens (see Hub.refuse).
 With hf_xet switched on, the client meets a 404 on its token route unless `xet_store` is set.
 
     with hub_server(tmp_path) as hub:
@@ -22,8 +23,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -102,7 +103,7 @@ class Request:
     """Bytes of the answer's body."""
 
 
-How = int | Literal["cut", "slow", "held", "reset", "loop", "altered"] | None
+How = int | Literal["cut", "slow", "held", "reset", "loop", "altered", "refused"] | None
 PUT_OFF = {"Retry-After": "0", "RateLimit": '"api";r=0;t=0', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
 """What the Hub says beside status 429."""
 
@@ -115,7 +116,7 @@ class Fault:
     how: How
     """A status; None: the connection is dropped; cut: half of the answer's body comes; slow: it comes in drops;
     held: no answer, until the server ends; reset: half of the body comes and then the connection is reset; loop: a
-    redirect to the same address; altered: as many bytes, but others."""
+    redirect to the same address; altered: as many bytes, but others. Refused is what Hub.refuse does."""
     skip: int
     times: int
     after: bool
@@ -152,6 +153,12 @@ class Hub:
         self.corrupt: set[str] = set()
         """Paths of which the server loses a byte on arrival."""
         self.ended = threading.Event()
+        self.listener: socket.socket
+        """Where connections come in; the server sets it."""
+        self.refusing = False
+        self._until: int | None = None
+        """Requests that are answered before connections are refused."""
+        self._patient = True
 
     @property
     def elsewhere(self) -> str:
@@ -208,6 +215,42 @@ class Hub:
         self.faults.append(
             Fault(pattern, how, skip, times, after or how in ("cut", "slow", "held", "reset", "altered"))
         )
+
+    def fail_at(self, nth: int, lines: Sequence[str], how: How, *, times: int = 1, after: bool = False) -> None:
+        """Let the nth of these requests fail, of which an undisturbed client makes one after the other."""
+        if how == "refused":
+            self.refuse(nth, for_hours=times > 1)
+        else:
+            self.fail(f"^{lines[nth]}$", how, skip=lines[:nth].count(lines[nth]), times=times, after=after)
+
+    def refuse(self, after: int, *, for_hours: bool) -> None:
+        """Once so many requests are answered, nobody listens: until `heal`, or the first time that the client waits."""
+        self._until, self._patient = after, not for_hours
+        self.answering()
+
+    def answering(self) -> None:
+        """An answer is about to go out, or none is awaited: stop listening if it is time."""
+        if self._until is not None and len(self.requests) >= self._until and not self.refusing:
+            self.refusing = True
+            self.listener.shutdown(socket.SHUT_RDWR)  # at once; closed, it would listen as long as a thread polls it
+
+    def waited(self, seconds: float) -> None:
+        """The client would have waited so long."""
+        if self._patient:
+            self._listen()
+
+    def heal(self) -> None:
+        """Nothing fails any more."""
+        self.faults.clear()
+        self._listen()
+
+    def _listen(self) -> None:
+        self._until = None
+        if self.refusing:
+            with suppress(OSError):  # a port that the system chose went with the listening; one that was named stays
+                self.listener.bind(("127.0.0.1", urlsplit(self.url).port))
+            self.listener.listen(5)
+            self.refusing = False
 
     def asked(self, pattern: str) -> list[Request]:
         """All requests so far whose "METHOD /path" matches."""
@@ -606,6 +649,7 @@ class Handler(BaseHTTPRequestHandler):
                 0 if self.command == "HEAD" else len(reply.body),
             )
         )
+        self.hub.answering()
         if how == "held":
             self.hub.ended.wait()
             return
@@ -670,12 +714,22 @@ class Handler(BaseHTTPRequestHandler):
             self.hang_up()
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    hub: Hub
+
+    def service_actions(self) -> None:
+        """Between two looks at the listener, which always looks ready while nobody listens."""
+        if self.hub.refusing:
+            time.sleep(0.005)
+
+
 @contextmanager
 def hub_server(home: Path) -> Iterator[Hub]:
     """Run a Hub until the block ends. Its state is in memory; `home` is for the cache of its clients."""
     hub = Hub(home)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
+    server.hub, hub.listener = hub, server.socket
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

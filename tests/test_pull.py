@@ -16,14 +16,17 @@ from hub_server import PLAIN_HTTP, Hub
 from test_hub import WEIGHTS, contents, server, sharded  # noqa: F401
 
 from hardener import hub
+from hardener.client import explained
 from hardener.errors import HubError
 
 pytestmark = PLAIN_HTTP
 FAULTS: dict[str, dict[str, Any]] = {
     "is reset in the middle": {"how": "reset"},
     "is altered": {"how": "altered"},
-    "is unavailable for hours": {"how": 503, "times": 99},
+    "is refused for hours": {"how": "refused", "times": 99},
     "is sent in circles": {"how": "loop", "times": 99},
+    "is refused": {"how": "refused"},
+    "is unavailable for hours": {"how": 503, "times": 99},
     "needs another token": {"how": 401, "times": 99},
     "is dropped": {"how": None},
     "is dropped for hours": {"how": None, "times": 99},
@@ -45,12 +48,10 @@ QUICK = set(list(FAULTS)[:4])
 
 
 @pytest.fixture(autouse=True)
-def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_waits(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client backs off without waiting."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setattr(
-        "huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None), raising=False
-    )
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=server.waited), raising=False)
 
 
 def fetched(server: Hub) -> dict[str, bytes]:
@@ -68,7 +69,7 @@ def attempt(server: Hub) -> tuple[dict[str, bytes] | None, str | None]:
 
 def fresh(server: Hub) -> None:
     shutil.rmtree(server.home / "hub", ignore_errors=True)
-    server.faults.clear()
+    server.heal()
     server.requests.clear()
 
 
@@ -84,16 +85,24 @@ def test_a_pull_survives_every_fault_with_the_model_or_an_error_and_the_next_try
     failed = 0
     for nth, line in enumerate(lines):
         fresh(server)
-        server.fail(f"^{line}$", **FAULTS[fault], skip=lines[:nth].count(line))
+        server.fail_at(nth, lines, **FAULTS[fault])
         got, said = attempt(server)
         if said is not None:
             failed += 1
             assert server.token not in said
-            server.faults.clear()
+            server.heal()
             got = fetched(server)
         assert got == whole, line
     print(f"{fault}: {len(lines)} requests, {failed} errors, {len(lines) - failed} survived")
     assert len(lines) > 5
+
+
+def test_a_session_that_another_thread_took_away_is_no_answer_and_anything_else_a_bug() -> None:
+    gone: Any = None
+    with pytest.raises(HubError, match=r"org/model: no answer from .*; check the network"), explained("org/model"):
+        gone.request("GET")
+    with pytest.raises(AttributeError, match="has no attribute 'files'"), explained("org/model"):
+        print(gone.files)
 
 
 def test_weights_of_the_right_size_and_other_bytes_are_refused_and_fetched_anew(server: Hub, sharded: Path) -> None:

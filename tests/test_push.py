@@ -240,10 +240,15 @@ def journal(parent: ModelRef, made: Path) -> Journal:
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def waits(server: Hub, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The client backs off without waiting; returns the seconds that it would have waited."""
     waited: list[float] = []
-    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=waited.append))
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        server.waited(seconds)
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=sleep))
     return waited
 
 
@@ -439,6 +444,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "is put off": {"how": 429},
     "fails for hours": {"how": 502, "times": 99},
     "is done and lost for hours": {"how": None, "after": True, "times": 99},
+    "is refused for hours": {"how": "refused", "times": 99},
+    "is refused": {"how": "refused"},
     "is answered by half": {"how": "cut"},
     "needs another token": {"how": 401},
     "conflicts": {"how": 412},
@@ -486,7 +493,8 @@ def state(server: Hub) -> dict[str, object]:
 
 def set_up(server: Hub, parent: ModelRef, made: Path, kind: Callable[[Hub, Journal], None]) -> Journal:
     """The same beginning each time."""
-    for store in (server.faults, server.requests, server.objects):
+    server.heal()
+    for store in (server.requests, server.objects):
         store.clear()
     model = server.repos["org/model"]
     model.discussions.clear()
@@ -537,11 +545,11 @@ def test_the_client_survives_every_fault_with_nothing_lost_and_nothing_half_push
     failed = 0
     for nth, line in enumerate(lines):
         journal = set_up(server, parent, made, kind)
-        server.fail(f"^{line}$", **FAULTS[fault], skip=lines[:nth].count(line))
+        server.fail_at(nth, lines, **FAULTS[fault])
         if (said := failure(journal)) is not None:
             failed += 1
             assert nothing_half(server, journal, before, after, said), line
-            server.faults.clear()
+            server.heal()
             journal.attempt()
         assert state(server) == after, line
     print(f"{kind.__name__}, a request {fault}: {len(lines)} requests, {failed} errors")
