@@ -24,7 +24,7 @@ from hardener.attacks.asked import plain
 from hardener.attacks.canonical import canonicalise, norm_ratio
 from hardener.attacks.families import SCREENS, Family
 from hardener.data import Slice, Streams, fraction
-from hardener.errors import DataError, UnsupportedModelError, UsageError
+from hardener.errors import DataError, ResourceError, UnsupportedModelError, UsageError, disk_full
 from hardener.judges import Classifier, Panel
 from hardener.measurement import Measurement, Run, Subject
 from hardener.recipe import Probe, Role
@@ -233,12 +233,16 @@ def cache_path(weights: str, bench: Bench, chosen: Sequence[Family], subject: Su
 
 
 def cached(path: Path, make: Callable[[], Measurement]) -> Measurement:
-    """Return the cached measurement, or make it and keep it. Raises UsageError where it could not be kept."""
+    """Return the cached measurement, or make it and keep it.
+
+    Raises UsageError where it could not be kept, ResourceError where the disk is full.
+    """
     root = path.parent
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"the cache {root} cannot be made: {error.strerror}; set HARDENER_CACHE") from error
+        kind = ResourceError if disk_full(error) else UsageError
+        raise kind(f"the cache {root} cannot be made: {error.strerror}; set HARDENER_CACHE") from error
     if not path.is_file() and not os.access(root, os.W_OK):
         raise UsageError(f"the cache {root} cannot be written to; mend its rights, or set HARDENER_CACHE")
     return kept(path, Measurement, make)

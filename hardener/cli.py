@@ -5,7 +5,6 @@ Data goes to stdout (`--format json`), everything else to stderr. Nothing heavy 
 
 from __future__ import annotations
 
-import errno
 import json
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from hardener import __version__, client, processes
-from hardener.errors import DivergedError, HardenerError, UsageError, out_of_memory
+from hardener.errors import DivergedError, HardenerError, UsageError, disk_full, out_of_memory
 
 if TYPE_CHECKING:
     from hardener.console import Narrator
@@ -521,7 +520,7 @@ def _told(error: BaseException) -> tuple[int, str]:
             f"out of memory ({error}); lower train.batch_size or raise train.grad_accumulation, in the probe lower "
             "probe.batch_size",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if disk_full(error):
         return 5, f"{error}; free some space, or set TMPDIR or HF_HOME to another disk"
     return HardenerError.exit_code, (
         f"this is a bug in hardener: {type(error).__name__}: {client.scrub(str(error))}\n"

@@ -5,7 +5,6 @@ Nothing here prints or keeps a token; texts that come from elsewhere are scrubbe
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from hardener import __version__
-from hardener.errors import HubError, ResourceError, UsageError
+from hardener.errors import HubError, ResourceError, UsageError, disk_full
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -90,7 +89,7 @@ def explained(what: str) -> Iterator[None]:
         if isinstance(error, AttributeError) and not _lost_its_session(error):
             raise
         message = scrub(f"{what}: {_why(error)}")
-        kind = ResourceError if _disk_is_full(error) else HubError
+        kind = ResourceError if disk_full(error) else HubError
         raise kind(message) from (error if scrub(str(error)) == str(error) else None)
 
 
@@ -143,10 +142,6 @@ def _lost_its_session(error: BaseException) -> bool:
     return isinstance(error, AttributeError) and error.obj is None and error.name in ("request", "stream")
 
 
-def _disk_is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.ENOSPC
-
-
 def _why(error: BaseException) -> str:
     """What happened and what to do."""
     from httpx2 import InvalidURL, TransportError
@@ -156,7 +151,7 @@ def _why(error: BaseException) -> str:
         return _why(error.__cause__)
     if isinstance(error, errors.HfHubHTTPError):
         return _answer(error)
-    if _disk_is_full(error):
+    if disk_full(error):
         return f"no space left in {constants.HF_HUB_CACHE}; free some, or set HF_HOME to another disk"
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "no token is set; run `hf auth login`, or set HF_TOKEN"

@@ -19,11 +19,18 @@ A message says what happened, names the value, and says what to do.
 
 from __future__ import annotations
 
+import errno
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Python's own, CUDA's (known by name, as torch may not be imported), or that of torch's CPU allocator."""
     named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
     return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def disk_full(error: BaseException) -> bool:
+    """No space is left, no quota, or a file is larger than it may be."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class HardenerError(Exception):

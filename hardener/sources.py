@@ -6,7 +6,6 @@ A Hub dataset is pinned to a commit, a local file or folder to its hash, which i
 from __future__ import annotations
 
 import codecs
-import errno
 import glob
 import hashlib
 import itertools
@@ -18,7 +17,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from hardener.errors import DataError, ResourceError
+from hardener.errors import DataError, ResourceError, disk_full
 from hardener.recipe import ROLES, Probe, Recipe, Source
 from hardener.tasks.base import Task
 
@@ -27,7 +26,6 @@ PACKED = (
     *(b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\x04\x22\x4d\x18"),
 )
 """How files begin that are zip, gzip, bzip2, xz, zstd, 7z, rar or lz4."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -255,7 +253,7 @@ def readable(where: str) -> Iterator[None]:
     try:
         yield
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, RuntimeError) as error:
-        if any(isinstance(one, OSError) and one.errno in FULL for one in (error, error.__cause__)):
+        if any(one is not None and disk_full(one) for one in (error, error.__cause__)):
             raise ResourceError(f"{where} cannot be prepared: no space left; set HF_HOME to another disk") from error
         raise DataError(f"{where} cannot be read: {error.__cause__ or error}") from error
     except StopIteration:  # how a reader ends that finds no row at all

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from hardener.attacks.recorder import Recorder, quietly
 from hardener.attacks.scene import Scene
 from hardener.bench import Able, Bench, able, cache_path, cached, check_original, kept
 from hardener.console import Narrator, quiet
-from hardener.errors import DataError, RecipeError, UnsupportedModelError, UsageError
+from hardener.errors import DataError, RecipeError, ResourceError, UnsupportedModelError, UsageError
 from hardener.judging import ANSWER_ROWS, GATE_ROWS, WORTH_GATING, Judge
 from hardener.ladder import Ladder, settled
 from hardener.measurement import Checkpoint, Measurement, Run
@@ -576,6 +578,15 @@ def test_a_cache_that_cannot_be_written_to_is_told_before_anything_is_measured(t
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="set HARDENER_CACHE"):
         cached(tmp_path / "file" / "before" / "x.json", pytest.fail)
+
+
+def test_a_disk_with_no_room_for_the_cache_is_no_wrong_request(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ResourceError, match="cannot be made: No space left on device"):
+        cached(tmp_path / "before" / "x.json", pytest.fail)
 
 
 def test_the_watch_sees_the_last_loss_too():
