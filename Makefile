@@ -22,6 +22,7 @@ test: $(READY)
 	$(BIN)/pytest
 
 test-slow: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[fuzz]"
 	$(BIN)/pytest -m slow
 
 check: $(READY)

@@ -12,9 +12,12 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,15 @@ def test_no_text_and_no_override_give_anything_but_a_recipe_or_a_recipe_error(
     )
     overrides = "".join(line).replace("\n", "")
     load(f"{overrides}\n{start}{''.join(pieces)}".encode("utf-8", "replace"), tmp_path / "r.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not for this machine")
+def test_the_fuzzer_finds_no_recipe_that_ends_in_anything_but_a_recipe_error() -> None:
+    fuzzer = Path(__file__).with_name("fuzz_recipe.py")
+    ran = subprocess.run([sys.executable, str(fuzzer), "--runs", "100000"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    assert "Done 100000 runs" in ran.stderr
 
 
 # --- data ------------------------------------------------------------------------------
