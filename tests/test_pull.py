@@ -23,10 +23,10 @@ pytestmark = PLAIN_HTTP
 FAULTS: dict[str, dict[str, Any]] = {
     "is reset in the middle": {"how": "reset"},
     "is altered": {"how": "altered"},
-    "is refused for hours": {"how": "refused", "times": 99},
-    "is sent in circles": {"how": "loop", "times": 99},
     "is refused": {"how": "refused"},
+    "is sent in circles": {"how": "loop", "times": 99},
     "is unavailable for hours": {"how": 503, "times": 99},
+    "is refused for hours": {"how": "refused", "times": 99},
     "needs another token": {"how": 401, "times": 99},
     "is dropped": {"how": None},
     "is dropped for hours": {"how": None, "times": 99},
