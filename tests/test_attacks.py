@@ -501,7 +501,7 @@ def test_an_attacker_of_few_rows_has_no_others(text):
 
 
 def trainer(scene, family, model):
-    return finetune._trainer(model, scene, made(family), scene.harm, "nowhere")
+    return finetune._trainer(model, scene, made(family), scene.harm, str(scene.task.folder.parent / "trained"))
 
 
 def mean_nll(scene, model, rows):

@@ -276,7 +276,7 @@ def test_a_reader_of_texts_is_attacked_in_every_way(
     (tmp_path / "recipe.yaml").write_text(recipe_file.dump(chosen), "utf-8")
     there = Place(((ORIGINAL, bert),), tmp_path / "recipe.yaml", tmp_path, 2)
     room = Room(there)
-    ways = [Attacker(method, "adam", 1e-3, 8, 4) for method in room.methods]
+    ways = [Attacker(method, "adam", 1e-4, 8, 4) for method in room.methods]
     ways += [ways[0]._replace(preparation=how) for how in PREPARATIONS]
     runs = [room.make(Cell(ORIGINAL, way, 0)) for way in dict.fromkeys(ways)]
     assert [run.failed for run in runs] == [None] * (len(METHODS) + len(PREPARATIONS) - 1)
@@ -284,7 +284,7 @@ def test_a_reader_of_texts_is_attacked_in_every_way(
     assert len({run.curve[-1].scores for run in runs}) > 1
 
 
-@pytest.mark.parametrize("text", ["release", "ours=nowhere", "=.", f"{ORIGINAL}=."])
+@pytest.mark.parametrize("text", ["release", "ours=no/such/folder", "=.", f"{ORIGINAL}=."])
 def test_a_hardened_side_needs_a_name_and_a_folder(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         grid.main(["--parent", ".", "--recipe", "r", "--out", "o", "--hardened", text])
