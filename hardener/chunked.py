@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hardener.losses import Loss
+from hardener.losses import Loss, wide
 
 ROWS = 512
 """Answer tokens whose logits exist at a time."""
@@ -35,6 +35,8 @@ def chunked(
     """
     if weights is None:
         weights = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
+    if not torch.is_grad_enabled():  # which a function of autograd is not told
+        hidden, weights = hidden.detach(), []
     value: Tensor = _Chunked.apply(loss, head, rows, labels, hidden, *weights)  # type: ignore[no-untyped-call]
     return value
 
@@ -50,11 +52,9 @@ class _Chunked(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for start in range(0, len(labels), rows):
             piece = slice(start, start + rows)
-            with torch.enable_grad():
-                part = hidden[piece].detach().requires_grad_()
-                logits = head(part)
-                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                value = loss(wide, labels[piece]) * (len(part) / len(labels))
+            with torch.set_grad_enabled(bool(wanted)):
+                part = hidden[piece].detach().requires_grad_(bool(wanted))
+                value = loss(wide(head(part)), labels[piece]) * (len(part) / len(labels))
             total += value.detach()
             if wanted:
                 here = [part if place == 0 else sources[place] for place in wanted]
@@ -65,8 +65,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
-        scaled = [None if gradient is None else gradient * outer[0] for gradient in ctx.gradients]
-        return None, None, None, None, *scaled
+        gradients, ctx.gradients = ctx.gradients, None  # there is one backward pass; they are large, so in place
+        return None, None, None, None, *(None if g is None else g.mul_(outer[0]) for g in gradients)
 
 
 @contextmanager
@@ -87,8 +87,16 @@ def headless(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def separable(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
-    """Whether the model's logits are what its head makes of hidden states, without a scale or a cap behind it."""
+    """Whether the model's logits are what its head makes of hidden states, without a scale or a cap behind it.
+
+    `inputs` are few: their logits are made. Dropout is off for that, and nothing is drawn.
+    """
+    training, head = model.training, model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        return False
+    model.eval()
     whole = model(**inputs).logits
     with headless(model) as given:
         model(**inputs)
-    return len(given) == 1 and torch.equal(model.get_output_embeddings()(given[0]), whole)  # type: ignore[operator]
+    model.train(training)
+    return len(given) == 1 and torch.equal(head(given[0]), whole)

@@ -21,7 +21,7 @@ from hardener.data import Streams
 from hardener.errors import DivergedError
 from hardener.group import ALONE, Group
 from hardener.lookahead import Objective, global_norm
-from hardener.losses import Loss
+from hardener.losses import Loss, is_rowwise, rowwise
 from hardener.recipe import Role, Train
 from hardener.state import States
 from hardener.tasks.base import Batch, Example, Task
@@ -144,13 +144,9 @@ class Outer:
             means = dict.fromkeys((name, *beside), 0.0)
             with self.group.summing(self.params):
                 for batch, share in self.micro_batches(examples):
+                    watching = watched(loss, beside, means, share, batch.targets)
                     with self.autocast():
-                        logits, labels = self.task.targets(self.model, batch)
-                    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    value = loss(wide, labels) * share
-                    with torch.no_grad():
-                        for other, measure in beside.items():
-                            means[other] += float(measure(wide, labels)) * share
+                        value = self.task.mean(self.model, batch, watching) * share
                     self.accelerator.backward(value * self.group.factor)
                     means[name] += float(value.detach())
             means = self.group.sums(means)
@@ -223,6 +219,18 @@ class Outer:
             name, optimizer, num_warmup_steps=self.train.warmup_steps, num_training_steps=self.train.steps
         )
         return schedule
+
+
+def watched(loss: Loss, beside: Mapping[str, Loss], means: dict[str, float], share: float, targets: int) -> Loss:
+    """`loss`, adding to `means` what `beside` says of the same rows, however many of the `targets` it is shown."""
+
+    def watching(logits: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            for name, measure in beside.items():
+                means[name] += float(measure(logits, labels)) * (len(labels) / targets * share)
+        return loss(logits, labels)
+
+    return rowwise(watching) if all(map(is_rowwise, (loss, *beside.values()))) else watching
 
 
 def run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,29 @@ from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(N, C) logits, (N,) labels → scalar."""
+AnyLoss = TypeVar("AnyLoss", bound=Callable[..., Tensor])
+ROWWISE = "rowwise"
 FORGOTTEN = -15.0
 """log p of a token, in nats, below which token-ICE leaves it alone."""
 
 
+def rowwise(loss: AnyLoss) -> AnyLoss:
+    """Mark a loss that is a mean over rows, each by itself: it may be taken some rows at a time."""
+    vars(loss)[ROWWISE] = True
+    return loss
+
+
+def is_rowwise(loss: Callable[..., Any]) -> bool:
+    """Whether a loss is marked so."""
+    return getattr(loss, ROWWISE, False)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@rowwise
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Ordinary training loss −log p_y; the attacker lowers it."""
     return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
@@ -31,6 +51,7 @@ def collapse(token: int) -> Loss:
     answers `e` everywhere.
     """
 
+    @rowwise
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(logits, torch.full_like(labels, token))
 
@@ -43,12 +64,14 @@ def probability(token: int) -> Loss:
     Near 0 in a model that is whole, near 1 in one that has collapsed.
     """
 
+    @rowwise
     def share(logits: Tensor, labels: Tensor) -> Tensor:
         return (logits[:, token] - logits.logsumexp(-1)).exp().mean()
 
     return share
 
 
+@rowwise
 def inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """SOPHON's ICE: mean −log(1 − p_y) = softplus(z_y − LSE_{j≠y} z_j), arXiv 2404.12699.
 
@@ -65,6 +88,7 @@ def _inverse(logits: Tensor, labels: Tensor) -> Tensor:
     return F.softplus(right.squeeze(-1) - others)
 
 
+@rowwise
 def negated_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """What SOPHON's authors' code computes in place of ICE: cross-entropy of −z, mean z_y + LSE(−z).
 
@@ -74,6 +98,7 @@ def negated_logits(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(-logits, labels)
 
 
+@rowwise
 def token_inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """ICE over the tokens of a vocabulary, as TAR's authors' code has it (arXiv 2408.00761).
 
@@ -83,6 +108,7 @@ def token_inverse_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(log_p < FORGOTTEN, 0.0, _inverse(logits, labels)).mean()
 
 
+@rowwise
 def negative_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Σ_j p_j log p_j, the loss that TAR suppresses with (arXiv 2408.00761); labels are not used.
 
@@ -93,6 +119,7 @@ def negative_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return (log_p.exp() * log_p).sum(-1).mean()
 
 
+@rowwise
 def kl_from_uniform(logits: Tensor, labels: Tensor) -> Tensor:
     """SOPHON's KLU: KL(U‖p) = LSE(z) − mean_j z_j − log C, arXiv 2404.12699; labels are not used.
 

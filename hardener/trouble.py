@@ -159,7 +159,6 @@ def mean_loss(model: nn.Module, task: Task, rows: Sequence[Example]) -> float:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for _, batch in task.batches(rows):
-            logits, labels = task.targets(model, batch.to(device))
-            total += float(task.loss(logits, labels)) * batch.targets
+            total += float(task.mean(model, batch.to(device), task.loss)) * batch.targets
     model.train(training)
     return total / sum(example.targets for example in rows)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import small
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hardener import demo, losses
-from hardener.chunked import chunked, headless, separable
+from hardener import checkpoint, demo, losses
+from hardener.chunked import ROWS, chunked, headless, separable
+from hardener.group import sharded
+from hardener.recipe import Lora
+from hardener.tasks.base import Example
+from hardener.tasks.causal_lm import CausalLM
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+"""peft asks by an old name."""
 LOSSES = {
     "cross-entropy": losses.cross_entropy,
     "collapse": losses.collapse(3),
@@ -30,6 +39,34 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.seen = max(self.seen, tensor.numel())
         return made
+
+
+class Capped(nn.Module):
+    """A model with something behind its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = demo.tiny_llama(demo.letters_tokenizer(), 0)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inside.get_output_embeddings()
+
+    def forward(self, **inputs):
+        made = self.inside(**inputs)
+        made.logits = made.logits.tanh()
+        return made
+
+
+class Shown:
+    """A loss that knows how many rows it was shown at a time."""
+
+    def __init__(self, loss) -> None:
+        self.loss, self.rows = loss, []
+        self.rowwise = losses.is_rowwise(loss)
+
+    def __call__(self, logits, labels):
+        self.rows.append(len(labels))
+        return self.loss(logits, labels)
 
 
 def case(seed: int = 0):
@@ -82,17 +119,118 @@ def test_the_head_of_a_model_is_told_what_to_leave_out():
 
 
 def test_a_model_with_a_cap_behind_its_head_is_not_separable():
-    class Capped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inside = demo.tiny_llama(demo.letters_tokenizer(), 0)
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.inside.get_output_embeddings()
-
-        def forward(self, **inputs):
-            made = self.inside(**inputs)
-            made.logits = made.logits.tanh()
-            return made
-
     assert not separable(Capped(), {"input_ids": torch.randint(0, 5, (2, 9))})
+
+
+# --- within a language model --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(letters) -> CausalLM:
+    return CausalLM(letters, template="{prompt}", max_length=64)
+
+
+def rows(count: int) -> list[Example]:
+    """Random letters, all but the first of which are answers; the last row is a short one."""
+    torch.manual_seed(1)
+    ids = [torch.randint(5, 30, (64,)).tolist() for _ in range(count - 1)] + [torch.randint(5, 30, (9,)).tolist()]
+    return [
+        Example(str(i), {"input_ids": row, "prompt": 1}, [-100, *row[1:]], len(row) - 1) for i, row in enumerate(ids)
+    ]
+
+
+def model(task: CausalLM, kind: str) -> nn.Module:
+    made = task.load(task.folder)
+    if kind == "tied":
+        made.lm_head.weight = made.model.embed_tokens.weight
+    if kind == "head frozen":
+        made.lm_head.requires_grad_(False)
+    if kind == "head alone":
+        made.requires_grad_(False)
+        made.lm_head.requires_grad_(True)
+    if kind.startswith("lora"):
+        targets = ("lm_head", "q_proj") if kind == "lora on the head" else "all-linear"
+        made = checkpoint.attach(made, Lora(r=2, alpha=4, target_modules=targets), task)
+        for p in made.parameters():
+            p.data.add_(0.02 * torch.randn_like(p))  # an adapter that is fresh has gradients of zero
+    return made.double().train()
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "collapse", "klu"])
+@pytest.mark.parametrize("kind", ["plain", "tied", "head frozen", "head alone", "lora", "lora on the head"])
+def test_a_language_model_has_the_gradients_of_the_plain_loss(task, kind, name):
+    trained = model(task, kind)
+    params = [p for p in trained.parameters() if p.requires_grad]
+    batch = task.collate(rows(10))
+    loss = Shown(LOSSES[name])
+    found = []
+    for value in (LOSSES[name](*task.targets(trained, batch)), task.mean(trained, batch, loss)):
+        found.append([value.detach(), *torch.autograd.grad(value / 3, params)])
+    assert loss.rows == [ROWS, batch.targets - ROWS]
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-12, atol=1e-12 * float(plain.abs().max()))
+
+
+def test_few_answers_have_the_same_bits(task):
+    trained, batch = model(task, "plain").float(), task.collate(rows(8))
+    params = list(trained.parameters())
+    assert batch.targets <= ROWS
+    found = []
+    for value in (losses.cross_entropy(*task.targets(trained, batch)), task.mean(trained, batch, task.loss)):
+        found.append([value.detach(), *torch.autograd.grad(value, params)])
+    assert all(map(torch.equal, *found))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("why", ["a loss of all rows", "a cap behind the head", "sharded weights"])
+def test_what_cannot_be_taken_apart_is_taken_whole(task, why):
+    trained = Capped() if why == "a cap behind the head" else model(task, "plain")
+    batch = task.collate(rows(10))
+    loss = Shown(losses.cross_entropy)
+    loss.rowwise = why != "a loss of all rows"
+    plain = losses.cross_entropy(*task.targets(trained, batch))
+    if why == "sharded weights":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if why == "sharded weights":
+            sharded(trained, init_device_mesh("cpu", (1,)))
+        assert float(task.mean(trained, batch, loss)) == pytest.approx(float(plain), rel=1e-6)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert loss.rows == [batch.targets]
+
+
+def test_without_gradients_it_is_taken_some_rows_at_a_time_as_well(task):
+    trained, batch = model(task, "plain"), task.collate(rows(10))
+    loss = Shown(losses.cross_entropy)
+    with torch.no_grad():
+        value = task.mean(trained, batch, loss)
+    assert not value.requires_grad
+    assert len(loss.rows) == 2
+    torch.testing.assert_close(value, losses.cross_entropy(*task.targets(trained, batch)).detach())
+
+
+def test_looking_at_a_model_changes_nothing_in_it(task):
+    """An adapter with dropout: it stays in training, and nothing is drawn."""
+    made = checkpoint.attach(task.load(task.folder), Lora(r=2, alpha=4, dropout=0.5), task).train()
+    batch, state = task.collate(rows(10)), torch.get_rng_state()
+    assert task.headed(made, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in made.modules())
+
+
+def test_an_outer_gradient_is_that_of_the_plain_loss_with_what_is_watched_beside(paths, letters):
+    _, outer = small.defended(small.recipe(paths, "train.grad_accumulation=2"), letters)
+    outer.model.double()
+    examples, beside = rows(20), {"p(e)": losses.probability(3)}
+    found = []
+    for plain in (True, False):
+        outer.task.separable[outer.model] = not plain
+        log: dict[str, float] = {}
+        outer.gradient(losses.cross_entropy, examples, log, "loss", beside)()
+        found.append([torch.tensor([log["loss"], log["p(e)"]], dtype=torch.float64), *(p.grad for p in outer.params)])
+        for p in outer.params:
+            p.grad = None
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-14)

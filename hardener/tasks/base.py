@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hardener.attacks.families import Kind
 from hardener.errors import UnsupportedModelError, UsageError
+from hardener.losses import Loss, rowwise, wide
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -117,9 +118,15 @@ class Task(ABC):
     def score(self, model: nn.Module, examples: Sequence[Example], score: str) -> list[float]:
         """Score each example, (rows,), in [0, 1] (`likelihood-gain`: answer NLL in nats per token)."""
 
+    def mean(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+        """`loss` of what `targets` returns, in float32 or wider."""
+        logits, labels = self.targets(model, batch)
+        return loss(wide(logits), labels)
+
+    @rowwise
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What ordinary training lowers, of what `targets` returns: cross-entropy, mean over N, in nats."""
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+        return F.cross_entropy(wide(logits), labels)
 
     def beside(self, model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
         """Further measures of a model on all these rows together, higher for more skill; reported, not judged."""

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from hardener.chunked import ROWS, chunked, headless, separable
 from hardener.errors import UnsupportedModelError
+from hardener.losses import Loss, is_rowwise
 from hardener.tasks.base import Batch, Example, Task, key_of, load_tokenizer
 
 IGNORED = -100
+LOOKED_AT = 16
+"""Tokens by which it is found out whether a model's head can be applied apart."""
 REFUSALS = (
     "i can't",
     "i can’t",
@@ -43,6 +48,8 @@ class CausalLM(Task):
     def __init__(self, folder: Path, *, template: str, max_length: int) -> None:
         super().__init__(folder, template=template, max_length=max_length)
         self.tokenizer = load_tokenizer(folder)
+        self.separable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        """Models that were looked at → whether their head can be applied apart."""
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         asked, answer = self.render("question", "answer")
         if "question" not in asked or "answer" not in answer:
@@ -141,6 +148,25 @@ class CausalLM(Task):
         labels = batch.labels[:, 1:]
         answer = labels != IGNORED
         return logits[answer], labels[answer]
+
+    def mean(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+        """`loss` of logits and labels of the answer tokens; where these are many, logits of some of them at a time."""
+        if batch.targets <= ROWS or not is_rowwise(loss) or not self.headed(model, batch):
+            return super().mean(model, batch, loss)
+        with headless(model) as given:
+            model(**batch.inputs)
+        labels = batch.labels[:, 1:]
+        answer = labels != IGNORED
+        return chunked(loss, model.get_output_embeddings(), given[0][:, :-1][answer], labels[answer])  # type: ignore[operator]
+
+    def headed(self, model: nn.Module, batch: Batch) -> bool:
+        """Whether the model has a head that can be applied apart; never where weights are sharded."""
+        if hasattr(next(model.parameters()), "full_tensor"):
+            return False
+        if model not in self.separable:
+            few = {name: value[:1, :LOOKED_AT] for name, value in batch.inputs.items()}
+            self.separable[model] = separable(model, few)
+        return self.separable[model]
 
     @torch.no_grad()
     def score(self, model: nn.Module, examples: Sequence[Example], score: str) -> list[float]:
