@@ -4,8 +4,7 @@
 
 A step is timed against the passes and optimizer steps that it cannot do without, written down plainly on batches that
 are ready: forward, cross-entropy, backward; AdamW, Adam or SGD. Both take turns, and the figure is the median of the
-quotients. Time is CPU time of this process on a CPU, so that other work on the machine counts little, and wall time on
-a GPU. Memory is the peak of live tensor bytes during a step, weights and optimizer state included.
+quotients. Memory is the peak of live tensor bytes during a step, weights and optimizer state included.
 
 higher and torchopt walk the same K steps of SGD with the same first-order gradient: the mean of the gradients at all
 points of the walk. They keep the graph of every point until one backward pass at the end.
@@ -13,12 +12,7 @@ points of the walk. They keep the graph of every point until one backward pass a
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import tempfile
-import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +22,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.rows import Row, main, peak, quotient, row
 from hardener import checkpoint, demo
 from hardener.data import Slice, Streams
 from hardener.defenses.configs import CtrapConfig, SophonConfig
@@ -42,7 +36,6 @@ from hardener.recipe import Lora, Train
 from hardener.tasks.base import Example, Task
 from hardener.tasks.causal_lm import CausalLM
 
-Row = dict[str, Any]
 RATE = 1e-4
 LORA = Lora(r=8, alpha=16.0)
 
@@ -62,35 +55,6 @@ class Size:
 
 QUICK = Size(hidden=64, layers=2, vocabulary=256, rows=4, length=64, walks=(1, 4, 16), repeats=3)
 FULL = Size(hidden=128, layers=2, vocabulary=1024, rows=8, length=512, walks=(1, 4, 16, 50), repeats=3)
-
-
-class Live(TorchDispatchMode):
-    """Bytes of tensor storages that were made inside and live: now, and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, Tensor):
-                self._meet(tensor.untyped_storage())
-        return made
-
-    def _meet(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-
-        def gone(_: object) -> None:
-            self.now -= size
-            self._known.pop(key, None)
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 class Bed:
@@ -243,39 +207,6 @@ def sophon(bed: Bed, k: int) -> Sophon:
     return Sophon(config, bed.train(), bed.task)
 
 
-def seconds(action: Callable[[], object], device: str) -> float:
-    """CPU time on a CPU, wall time on a GPU."""
-    if device == "cpu":
-        began = time.process_time()
-        action()
-        return time.process_time() - began
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def quotient(one: Callable[[], object], other: Callable[[], object], bed: Bed) -> float:
-    """How many times as long `one` takes, the median over turns."""
-    one(), other()  # moments are made, kernels are chosen
-    found = [seconds(one, bed.device) / seconds(other, bed.device) for _ in range(bed.size.repeats)]
-    return statistics.median(found)
-
-
-def peak(action: Callable[[], object], device: str) -> int:
-    """Most live bytes of tensors that the second call makes."""
-    action()
-    if device != "cpu":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        action()
-        return torch.cuda.max_memory_allocated() - before
-    with Live() as live:
-        action()
-    return live.peak
-
-
 def held(outer: Outer) -> int:
     """Bytes of weights, buffers and optimizer state."""
     states = [value for o in outer.optimizers.values() for state in o.state.values() for value in state.values()]
@@ -289,22 +220,18 @@ def whole_peak(step: Callable[[], object], outer: Outer, device: str) -> int:
     return made + held(outer)
 
 
-def row(what: str, value: float, unit: str, goal: float | None) -> Row:
-    return {"what": what, "value": value, "unit": unit, "goal": goal, "better": "lower"}
-
-
 def times(bed: Bed, lora: bool) -> Iterator[Row]:
     """SFT, CTRAP and SOPHON against their bare passes."""
-    which, train = "LoRA" if lora else "all weights", bed.train()
+    which, train, turns = "LoRA" if lora else "all weights", bed.train(), (bed.size.repeats, bed.device)
     adamw: list[Any] = [lambda params: AdamW(params, lr=RATE)]
     adams: list[Any] = [lambda params: Adam(params, lr=RATE)] * 2
-    sft = quotient(bed.step(Plain(train), train, lora)[0], bed.bare(1, adamw, 0, lora), bed)
+    sft = quotient(bed.step(Plain(train), train, lora)[0], bed.bare(1, adamw, 0, lora), *turns)
     yield row(f"SFT step / bare, {which}", sft, "×", 1.05)
-    trap = quotient(bed.step(ctrap(bed), train, lora)[0], bed.bare(3, adamw, 1, lora), bed)
+    trap = quotient(bed.step(ctrap(bed), train, lora)[0], bed.bare(3, adamw, 1, lora), *turns)
     yield row(f"CTRAP step / 3 bare passes and steps, {which}", trap, "×", 1.05)
     for k in bed.size.walks:
         step = bed.step(sophon(bed, k), train, lora)[0]
-        found = quotient(step, bed.bare(2 * k + 1, adams, k, lora), bed)
+        found = quotient(step, bed.bare(2 * k + 1, adams, k, lora), *turns)
         yield row(f"SOPHON step K={k} / {2 * k + 1} bare passes and steps, {which}", found, "×", 1.05)
 
 
@@ -389,41 +316,26 @@ def with_torchopt(bed: Bed, k: int) -> Callable[[], object]:
 
 def peers(bed: Bed) -> Iterator[Row]:
     """The same look-ahead, K = 16, by us and by others; what is not installed is left out."""
-    k = 16
+    k, turns = 16, (bed.size.repeats, bed.device)
     growth = peak(ours(bed, k), bed.device) - peak(ours(bed, 1), bed.device)
     for name, look in (("higher", with_higher), ("torchopt", with_torchopt)):
         try:
             theirs = look(bed, k)
         except ImportError:
             continue
-        yield row(f"look-ahead K={k}, ours / {name}, time", quotient(ours(bed, k), theirs, bed), "×", 1 / 1.5)
+        yield row(f"look-ahead K={k}, ours / {name}, time", quotient(ours(bed, k), theirs, *turns), "×", 1 / 1.5)
         their_growth = peak(theirs, bed.device) - peak(look(bed, 1), bed.device)
         yield row(f"look-ahead K=1 to {k}, ours / {name}, memory growth", growth / their_growth, "×", 0.25)
 
 
-def measured(bed: Bed) -> Iterator[Row]:
-    for lora in (False, True):
-        yield from times(bed, lora)
-        yield from memory(bed, lora)
-    yield from peers(bed)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small enough for a minute of two cores")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--device", default="cpu")
-    chosen = parser.parse_args()
+def measured(quick: bool, device: str) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        bed = Bed(QUICK if chosen.quick else FULL, chosen.device, Path(folder))
-        rows = []
-        for found in measured(bed):
-            rows.append(found)
-            goal = "" if found["goal"] is None else f"{found['goal']:.3g}"
-            print(f"{found['what']:<62} {found['value']:>9.3f} {found['unit']:<3} {goal:>6}", flush=True)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(rows, indent=1) + "\n")
+        bed = Bed(QUICK if quick else FULL, device, Path(folder))
+        for lora in (False, True):
+            yield from times(bed, lora)
+            yield from memory(bed, lora)
+        yield from peers(bed)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measured)
