@@ -17,7 +17,7 @@ from bench import grid, grid_report
 from bench.grid import FULL, QUICK, Cell, Place, Plan, Room
 from bench.grid_attackers import AUTHORS, METHODS, OPTIMIZERS, PREPARATIONS, Attacker, install, rates, rescaled
 from bench.grid_sides import ORIGINAL, SCRATCH, Setting, Side, best_attackers, judged_step, reached, suppression
-from hardener import recipe_file
+from hardener import files, recipe_file
 from hardener.attacks.attack import Attack
 from hardener.attacks.families import Family
 from hardener.attacks.training import optimizer
@@ -57,7 +57,7 @@ def found(place: Place, warm: None) -> Iterator[tuple[dict[str, Side], Setting]]
 def cells(place: Place, side: str) -> list[Run]:
     """What lies in the files."""
     folder = place.out / "cells" / side
-    return [Run.model_validate_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
+    return [Run.model_validate(files.read_sealed(path)) for path in sorted(folder.glob("*.json"))]
 
 
 # ── the attackers ─────────────────────────────────────────────────────────────────────────────
