@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hardener.losses import Loss, wide
+from hardener.loss import Loss, wide
 
 ROWS = 512
 """Answer tokens whose logits exist at a time."""

@@ -21,7 +21,7 @@ from hardener.data import Streams
 from hardener.errors import DivergedError
 from hardener.group import ALONE, Group
 from hardener.lookahead import Objective, global_norm
-from hardener.losses import Loss, is_rowwise, rowwise
+from hardener.loss import Loss, is_rowwise, rowwise
 from hardener.recipe import Role, Train
 from hardener.state import States
 from hardener.tasks.base import Batch, Example, Task

@@ -7,35 +7,15 @@ language model one row per answer token. All losses are means over N, in nats, i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(N, C) logits, (N,) labels → scalar."""
-AnyLoss = TypeVar("AnyLoss", bound=Callable[..., Tensor])
-ROWWISE = "rowwise"
+from hardener.loss import Loss, rowwise
+
 FORGOTTEN = -15.0
 """log p of a token, in nats, below which token-ICE leaves it alone."""
-
-
-def rowwise(loss: AnyLoss) -> AnyLoss:
-    """Mark a loss that is a mean over rows, each by itself: it may be taken some rows at a time."""
-    vars(loss)[ROWWISE] = True
-    return loss
-
-
-def is_rowwise(loss: Callable[..., Any]) -> bool:
-    """Whether a loss is marked so."""
-    return getattr(loss, ROWWISE, False)
-
-
-def wide(logits: Tensor) -> Tensor:
-    """In float32 or wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @rowwise

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hardener import checkpoint, demo, losses
 from hardener.chunked import ROWS, chunked, headless, separable
 from hardener.group import sharded
+from hardener.loss import is_rowwise
 from hardener.recipe import Lora
 from hardener.tasks.base import Example
 from hardener.tasks.causal_lm import CausalLM
@@ -62,7 +63,7 @@ class Shown:
 
     def __init__(self, loss) -> None:
         self.loss, self.rows = loss, []
-        self.rowwise = losses.is_rowwise(loss)
+        self.rowwise = is_rowwise(loss)
 
     def __call__(self, logits, labels):
         self.rows.append(len(labels))

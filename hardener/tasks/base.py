@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hardener.attacks.families import Kind
 from hardener.errors import UnsupportedModelError, UsageError
-from hardener.losses import Loss, rowwise, wide
+from hardener.loss import Loss, rowwise, wide
 
 if TYPE_CHECKING:
     from PIL.Image import Image

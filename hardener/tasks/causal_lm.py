@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hardener.chunked import ROWS, chunked, headless, separable
 from hardener.errors import UnsupportedModelError
-from hardener.losses import Loss, is_rowwise
+from hardener.loss import Loss, is_rowwise
 from hardener.tasks.base import Batch, Example, Task, key_of, load_tokenizer
 
 IGNORED = -100
