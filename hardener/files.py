@@ -42,6 +42,11 @@ def _system_error(error: SafetensorError) -> str | None:
     return found and found[0].strip()
 
 
+def unfinished(path: Path) -> Path:
+    """The name under which a file or folder is written until it is whole; what a killed process leaves."""
+    return path.with_name(f".{path.name}.new")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_bytes(path, text.encode("utf-8"))
@@ -51,7 +56,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically. Raises ResourceError if the disk is full."""
     with explained_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.new")
+        new = unfinished(path)
         with new.open("wb") as stream:
             stream.write(data)
             stream.flush()
@@ -85,7 +90,7 @@ def _seal(value: dict[str, Any]) -> str:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` as a whole when the block ends well, and vanishes otherwise."""
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    new, old = unfinished(path), path.with_name(f".{path.name}.old")
     with explained_disk(path):
         for left in (new, old):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)

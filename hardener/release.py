@@ -70,6 +70,7 @@ def _sign(run: RunFolder) -> None:
 
 def write_sums(release: Path) -> None:
     """Write SHA256SUMS over every file of the release but `files.UNSUMMED`, in the format of `sha256sum`."""
+    files.unfinished(release / files.SUMS).unlink(missing_ok=True)  # a process killed right here left it
     paths = (path for path in sorted(release.rglob("*")) if path.is_file())
     names = ((path, path.relative_to(release).as_posix()) for path in paths)
     lines = [f"{files.sha256(path)}  {name}\n" for path, name in names if name not in files.UNSUMMED]

@@ -137,6 +137,13 @@ def test_every_change_is_found_and_named(release, name):
     assert caught.value.exit_code == 1
 
 
+def test_sums_that_a_killed_process_left_unfinished_are_not_named_by_the_next(release):
+    (release / ".SHA256SUMS.new").write_text("")
+    release_files.write_sums(release)
+    assert ".SHA256SUMS" not in (release / "SHA256SUMS").read_text()
+    verification.verify(str(release))
+
+
 def test_all_disagreements_are_named_at_once(release):
     change_weights(release)
     change_recipe(release)
