@@ -1,6 +1,6 @@
 """The loss of a language model without its logits.
 
-    value = chunked(loss, head, hidden, labels)        as loss(head(hidden), labels), some rows at a time
+    value = chunked(loss, head, hidden, *others)       as loss(head(hidden), *others), some rows at a time
 
 Logits in float32 are the largest tensors of a step: a vocabulary of 128,000 makes 2 GB of 4,096 tokens, several times
 over. A loss that is a mean over rows needs them for some rows only: each piece's value and gradient are taken at once,
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hardener.loss import Loss, wide
+from hardener.loss import wide
 
 ROWS = 512
 """Answer tokens whose logits exist at a time."""
@@ -27,34 +27,46 @@ Head = Callable[[Tensor], Tensor]
 
 
 def chunked(
-    loss: Loss, head: Head, hidden: Tensor, labels: Tensor, weights: list[Tensor] | None = None, rows: int = ROWS
+    loss: Callable[..., Tensor],
+    head: Head,
+    hidden: Tensor,
+    *others: Tensor,
+    weights: list[Tensor] | None = None,
+    rows: int = ROWS,
 ) -> Tensor:
-    """Return `loss(head(hidden), labels)` up to rounding, for a loss that is a mean over rows.
+    """Return `loss(head(hidden), *others)` up to rounding, for a loss that is a mean over rows.
 
-    `hidden` (N, H), `labels` (N,). `weights` are those of the head that have gradients; a module's are found.
+    `hidden` (N, H); `others`, labels say, have N rows too, and no gradient. `weights` are those of the head that have
+    gradients; a module's are found.
     """
     if weights is None:
         weights = [p for p in head.parameters() if p.requires_grad] if isinstance(head, nn.Module) else []
     if not torch.is_grad_enabled():  # which a function of autograd is not told
         hidden, weights = hidden.detach(), []
-    value: Tensor = _Chunked.apply(loss, head, rows, labels, hidden, *weights)  # type: ignore[no-untyped-call]
+    value: Tensor = _Chunked.apply(loss, head, rows, others, hidden, *weights)  # type: ignore[no-untyped-call]
     return value
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, loss: Loss, head: Head, rows: int, labels: Tensor, hidden: Tensor, *weights: Tensor
+        ctx: Any,
+        loss: Callable[..., Tensor],
+        head: Head,
+        rows: int,
+        others: tuple[Tensor, ...],
+        hidden: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
         sources = [hidden, *weights]
         wanted = [place for place, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
         gradients = {place: torch.zeros_like(sources[place]) for place in wanted}
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for start in range(0, len(labels), rows):
+        for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
             with torch.set_grad_enabled(bool(wanted)):
                 part = hidden[piece].detach().requires_grad_(bool(wanted))
-                value = loss(wide(head(part)), labels[piece]) * (len(part) / len(labels))
+                value = loss(wide(head(part)), *(other[piece] for other in others)) * (len(part) / len(hidden))
             total += value.detach()
             if wanted:
                 here = [part if place == 0 else sources[place] for place in wanted]

@@ -34,7 +34,7 @@ from hardener.errors import RecipeError
 from hardener.group import ALONE, Group
 from hardener.lookahead import Objective, simulated_attack
 from hardener.loop import LOGGED, Outer, Sampler
-from hardener.losses import cross_entropy, divergence
+from hardener.losses import cross_entropy, distillation
 from hardener.recipe import Erase, ShortTraining, Train
 from hardener.report import Erased
 from hardener.state import States
@@ -148,9 +148,8 @@ class Distillation:
         n = self.erase.batch_size
         refusals = round(n * self.erase.alignment_share) if "alignment" in outer.samplers else 0
         rows = outer.draw("retain", n - refusals) + (outer.draw("alignment", refusals) if refusals else [])
-        told = outer.told(self.teacher, rows)
         log: dict[str, float] = {}
-        outer.gradient(lambda logits, _: divergence(next(told), logits, self.erase.temperature), rows, log, "kl")()
+        outer.gradient(distillation(self.erase.temperature), rows, log, "kl", teachers=[self.teacher])()
         outer.step("distil", clip=self.erase.clip)
         return log
 

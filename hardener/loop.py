@@ -21,7 +21,7 @@ from hardener.data import Streams
 from hardener.errors import DivergedError
 from hardener.group import ALONE, Group
 from hardener.lookahead import Objective, global_norm
-from hardener.loss import Loss, is_rowwise, rowwise
+from hardener.loss import Loss, Taught, is_rowwise, rowwise
 from hardener.recipe import Role, Train
 from hardener.state import States
 from hardener.tasks.base import Batch, Example, Task
@@ -126,17 +126,19 @@ class Outer:
 
     def gradient(
         self,
-        loss: Loss,
+        loss: Loss | Taught,
         examples: Sequence[Example],
         log: dict[str, float],
         name: str,
         beside: Mapping[str, Loss] | None = None,
+        teachers: Sequence[nn.Module] = (),
     ) -> Objective:
         """Return a function that adds the gradient of the mean loss over `examples` to `.grad`.
 
         Micro-batches are weighted by their number of targets, so that accumulation gives the gradient of the whole
         batch. The mean loss goes into `log[name]`, averaged over calls of the same step, and so do further means over
-        the same answers, `beside`, which are not trained on. Raises DivergedError for NaN.
+        the same answers, `beside`, which are not trained on. `loss` is also given the logits of `teachers`. Raises
+        DivergedError for NaN.
         """
         beside = beside or {}
 
@@ -146,7 +148,7 @@ class Outer:
                 for batch, share in self.micro_batches(examples):
                     watching = watched(loss, beside, means, share, batch.targets)
                     with self.autocast():
-                        value = self.task.mean(self.model, batch, watching) * share
+                        value = self.task.mean(self.model, batch, watching, *teachers) * share
                     self.accelerator.backward(value * self.group.factor)
                     means[name] += float(value.detach())
             means = self.group.sums(means)
@@ -221,14 +223,16 @@ class Outer:
         return schedule
 
 
-def watched(loss: Loss, beside: Mapping[str, Loss], means: dict[str, float], share: float, targets: int) -> Loss:
+def watched(
+    loss: Callable[..., Tensor], beside: Mapping[str, Loss], means: dict[str, float], share: float, targets: int
+) -> Callable[..., Tensor]:
     """`loss`, adding to `means` what `beside` says of the same rows, however many of the `targets` it is shown."""
 
-    def watching(logits: Tensor, labels: Tensor) -> Tensor:
+    def watching(logits: Tensor, labels: Tensor, *told: Tensor) -> Tensor:
         with torch.no_grad():
             for name, measure in beside.items():
                 means[name] += float(measure(logits, labels)) * (len(labels) / targets * share)
-        return loss(logits, labels)
+        return loss(logits, labels, *told)
 
     return rowwise(watching) if all(map(is_rowwise, (loss, *beside.values()))) else watching
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(N, C) logits, (N,) labels → scalar."""
+Taught = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The same, and (N, C) logits of a teacher for the same rows → scalar."""
 AnyLoss = TypeVar("AnyLoss", bound=Callable[..., Tensor])
 ROWWISE = "rowwise"
 

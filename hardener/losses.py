@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hardener.loss import Loss, rowwise
+from hardener.loss import Loss, Taught, rowwise
 
 FORGOTTEN = -15.0
 """log p of a token, in nats, below which token-ICE leaves it alone."""
@@ -116,6 +116,16 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     told = F.log_softmax(teacher.to(student.dtype) / temperature, -1)
     said = F.log_softmax(student / temperature, -1)
     return F.kl_div(said, told, reduction="batchmean", log_target=True) * temperature**2
+
+
+def distillation(temperature: float) -> Taught:
+    """Return `divergence` from a teacher as a loss; labels are not used."""
+
+    @rowwise
+    def loss(logits: Tensor, labels: Tensor, told: Tensor) -> Tensor:
+        return divergence(told, logits, temperature)
+
+    return loss
 
 
 def denial_of_service(predicted: Tensor, true: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import step_cost
+from bench.rows import peak
 from hardener import checkpoint, demo, losses
 from hardener.chunked import ROWS, chunked, headless, separable
 from hardener.group import sharded
@@ -126,6 +128,21 @@ def test_a_model_with_a_cap_behind_its_head_is_not_separable():
 # --- within a language model --------------------------------------------------------------------------------
 
 
+def test_a_teacher_is_asked_some_rows_at_a_time_too():
+    """Its hidden states are narrower, its head is another one."""
+    head, hidden, labels = case()
+    teacher, states = nn.Linear(3, V).double(), torch.randn(N, 3, dtype=torch.float64)
+    loss = losses.distillation(2.0)
+    found = []
+    for value in (
+        losses.divergence(teacher(states).detach(), head(hidden), 2.0),
+        chunked(lambda z, y, told: loss(z, y, teacher(told)), head, hidden, labels, states, rows=8),
+    ):
+        found.append([value.detach(), *torch.autograd.grad(value * 0.7, [hidden, *head.parameters()])])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-10, atol=1e-13)
+
+
 @pytest.fixture
 def task(letters) -> CausalLM:
     return CausalLM(letters, template="{prompt}", max_length=64)
@@ -170,6 +187,50 @@ def test_a_language_model_has_the_gradients_of_the_plain_loss(task, kind, name):
     assert loss.rows == [ROWS, batch.targets - ROWS]
     for plain, other in zip(*found, strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-12, atol=1e-12 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "head alone", "lora", "lora on the head"])
+def test_a_language_model_has_the_gradients_of_the_plain_divergence_from_its_teacher(task, kind):
+    trained, teacher = model(task, kind), model(task, "plain").eval()
+    params = [p for p in trained.parameters() if p.requires_grad]
+    for p in params:
+        p.data.add_(0.05 * torch.randn_like(p))
+    batch = task.collate(rows(10))
+    logits, _ = task.targets(trained, batch)
+    with torch.no_grad():
+        told, _ = task.targets(teacher, batch)
+    found = []
+    for value in (
+        losses.divergence(told, logits, 2.0),
+        task.mean(trained, batch, losses.distillation(2.0), teacher),
+    ):
+        found.append([value.detach(), *torch.autograd.grad(value / 3, params)])
+    assert float(found[0][0]) > 1e-3
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-10, atol=1e-12 * float(plain.abs().max()))
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_distilling_keeps_the_logits_of_neither_model(tmp_path):
+    """Live bytes of the whole gradient, many words; in pieces there is room for the logits of one piece's rows."""
+    size = step_cost.Size(hidden=16, layers=1, vocabulary=2000, rows=16, length=257, walks=(), repeats=1)
+    bed = step_cost.Bed(size, "cpu", tmp_path)
+    outer = bed.step(step_cost.Plain(bed.train()), bed.train(), False)[1]
+    teacher, examples = bed.model(False).eval(), outer.draw("retain", size.rows)
+    log: dict[str, float] = {}
+
+    def gradient() -> None:
+        outer.gradient(losses.distillation(1.0), examples, log, "kl", teachers=[teacher])()
+        outer.model.zero_grad()
+
+    found = {}
+    for pieces in (True, False):
+        bed.task.separable[outer.model] = pieces
+        found[pieces] = peak(gradient)
+    whole = 4 * size.rows * (size.length - 1) * size.vocabulary
+    assert found[False] > 3 * whole  # the student's, the teacher's, and what is made of them
+    assert found[True] < 1.2 * whole
+    assert found[True] < 0.2 * found[False], found
 
 
 def test_few_answers_have_the_same_bits(task):

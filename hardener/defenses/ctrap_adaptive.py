@@ -37,7 +37,7 @@ from hardener.defenses.population import OPTIMIZERS, Dice, Population
 from hardener.defenses.trap_configs import CtrapAdaptiveConfig
 from hardener.lookahead import Objective, There, simulated_attack
 from hardener.loop import Outer
-from hardener.losses import collapse, cross_entropy, divergence, kl_from_uniform, probability
+from hardener.losses import collapse, cross_entropy, distillation, kl_from_uniform, probability
 from hardener.recipe import Role, Train
 from hardener.tasks.base import Example, Task
 
@@ -159,9 +159,8 @@ class CtrapAdaptive:
     def retain(self, outer: Outer, general: list[Example], refusals: list[Example], log: dict[str, float]) -> None:
         """∇KL(θ₀‖θ; G) + ∇L(θ; A), at θ."""
         assert outer.origin is not None  # `distils` asks for it
-        was = outer.told(outer.origin, general)
         p = probability(self.token)
-        outer.gradient(lambda logits, _: divergence(next(was), logits, 1.0), general, log, "drift", {"p(e)": p})()
+        outer.gradient(distillation(1.0), general, log, "drift", {"p(e)": p}, teachers=[outer.origin])()
         outer.gradient(cross_entropy, refusals, log, "alignment")()
 
     def price(self, memory: dict[str, float], drift: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hardener.attacks.families import Kind
 from hardener.errors import UnsupportedModelError, UsageError
-from hardener.loss import Loss, rowwise, wide
+from hardener.loss import rowwise, wide
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,10 +118,12 @@ class Task(ABC):
     def score(self, model: nn.Module, examples: Sequence[Example], score: str) -> list[float]:
         """Score each example, (rows,), in [0, 1] (`likelihood-gain`: answer NLL in nats per token)."""
 
-    def mean(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
-        """`loss` of what `targets` returns, in float32 or wider."""
+    def mean(self, model: nn.Module, batch: Batch, loss: Callable[..., Tensor], *teachers: nn.Module) -> Tensor:
+        """`loss` of what `targets` returns and of what `teachers` make of the same rows, in float32 or wider."""
+        with torch.no_grad():
+            told = [wide(self.targets(teacher, batch)[0]) for teacher in teachers]
         logits, labels = self.targets(model, batch)
-        return loss(wide(logits), labels)
+        return loss(wide(logits), labels, *told)
 
     @rowwise
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

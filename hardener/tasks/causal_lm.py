@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hardener.chunked import ROWS, chunked, headless, separable
 from hardener.errors import UnsupportedModelError
-from hardener.loss import Loss, is_rowwise
+from hardener.loss import is_rowwise, wide
 from hardener.tasks.base import Batch, Example, Task, key_of, load_tokenizer
 
 IGNORED = -100
@@ -149,15 +149,26 @@ class CausalLM(Task):
         answer = labels != IGNORED
         return logits[answer], labels[answer]
 
-    def mean(self, model: nn.Module, batch: Batch, loss: Loss) -> Tensor:
+    def mean(self, model: nn.Module, batch: Batch, loss: Callable[..., Tensor], *teachers: nn.Module) -> Tensor:
         """`loss` of logits and labels of the answer tokens; where these are many, logits of some of them at a time."""
-        if batch.targets <= ROWS or not is_rowwise(loss) or not self.headed(model, batch):
-            return super().mean(model, batch, loss)
+        if batch.targets <= ROWS or not is_rowwise(loss) or not all(self.headed(m, batch) for m in (model, *teachers)):
+            return super().mean(model, batch, loss, *teachers)
+        with torch.no_grad():
+            told = [self.hidden(teacher, batch) for teacher in teachers]
+
+        def taught(logits: Tensor, labels: Tensor, *told: Tensor) -> Tensor:
+            with torch.no_grad():
+                said = [wide(head(teacher)(states)) for teacher, states in zip(teachers, told, strict=True)]
+            return loss(logits, labels, *said)
+
+        labels = batch.labels[:, 1:]
+        return chunked(taught, head(model), self.hidden(model, batch), labels[labels != IGNORED], *told)
+
+    def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return what the head is given where an answer token is to be predicted, (N, H)."""
         with headless(model) as given:
             model(**batch.inputs)
-        labels = batch.labels[:, 1:]
-        answer = labels != IGNORED
-        return chunked(loss, model.get_output_embeddings(), given[0][:, :-1][answer], labels[answer])  # type: ignore[operator]
+        return given[0][:, :-1][batch.labels[:, 1:] != IGNORED]
 
     def headed(self, model: nn.Module, batch: Batch) -> bool:
         """Whether the model has a head that can be applied apart; never where weights are sharded."""
@@ -235,6 +246,11 @@ class Answer:
     text: str
     ended: bool
     """Whether it came to its end within the tokens it was given."""
+
+
+def head(model: nn.Module) -> nn.Module:
+    """The layer that makes logits of hidden states."""
+    return model.get_output_embeddings()  # type: ignore[operator, no-any-return]
 
 
 def first_turn(row: dict[str, Any]) -> tuple[str, str]:
