@@ -262,7 +262,8 @@ def carried(erase: Erase, relearn: ShortTraining, model: nn.Module, task: Task, 
         torch.manual_seed(erase.seed)
         if not task.generative:
             stack.enter_context(task.fresh_head(model, streams.classes["restricted"]))
-        there = stack.enter_context(simulated_attack(model, lambda params: AdamW(params, lr=relearn.lr)))
+        host = erase.snapshot == "host"
+        there = stack.enter_context(simulated_attack(model, lambda params: AdamW(params, lr=relearn.lr), host=host))
         for _ in range(relearn.steps):
             there.step(_attack(model, task, sampler.draw(erase.batch_size)))
         restricted = damage(model, new, among, task, sampler.draw(LOOKED_AT))

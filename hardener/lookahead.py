@@ -12,14 +12,14 @@ First order: the gradient at θ_k is applied at θ as it is (∂θ_k/∂θ is ta
 step, `there.differentiate` puts the exact derivative in its place.
 
 Cost: one backward pass per `step` and per `keep`; one copy of the trainable weights, one of their gradient, and the
-attacker's optimizer state, independent of the number of steps. Second order: two passes and one copy more. Everything
-is a plain tensor of the local shard, so the same lines serve one device and sharded parameters; the only global numbers
-are norms and dot products.
+attacker's optimizer state, independent of the number of steps; once back, only the kept gradient is left. The copy may
+live in the host's memory. Second order: two passes and one copy more. Everything is of the local shard, so the same
+lines serve one device and sharded parameters; the only global numbers are norms and dot products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,11 +100,37 @@ class Randomness:
             torch.cuda.set_rng_state(state, device)
 
 
+class Snapshot:
+    """Weights as they are, kept beside them or in the host's memory, to be put back bit for bit any number of times."""
+
+    def __init__(self, params: Sequence[nn.Parameter], host: bool = False) -> None:
+        self._params = params
+        self._values = [_in_host_memory(_local(p)) if host else _local(p).clone() for p in params]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back."""
+        for p, value in zip(self._params, self._values, strict=True):
+            _local(p).copy_(value)
+
+
+@torch.no_grad()
+def _local(p: nn.Parameter) -> Tensor:
+    """This process's part of a parameter, in the parameter's own memory."""
+    value = p.detach()
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def _in_host_memory(value: Tensor) -> Tensor:
+    """A copy there; pinned where the value is on a GPU, which reads and writes it directly."""
+    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value)
+
+
 class There:
     """The attacker's place: step on, and set gradients aside."""
 
     def __init__(
-        self, params: list[nn.Parameter], start: list[Tensor], optimizer: Optimizer, noise: Randomness | None
+        self, params: list[nn.Parameter], start: Snapshot, optimizer: Optimizer, noise: Randomness | None
     ) -> None:
         self._params = params
         self._start = start
@@ -153,17 +179,20 @@ class There:
         length = global_norm(across)
         if length == 0:
             return
-        epsilon = span * global_norm(self._start) / length
+        epsilon = span * global_norm(self._params) / length
         for side in (epsilon, -epsilon):
-            for p, weight, direction in zip(self._params, self._start, across, strict=True):
-                p.copy_(weight).add_(direction, alpha=side)
+            self._start.restore()
+            for p, direction in zip(self._params, across, strict=True):
+                p.add_(direction, alpha=side)
             with torch.enable_grad():
                 self.keep(objective, -attacker.rate / (2 * side))
 
     def _across(self, attacker: NormalisedStep) -> list[Tensor]:
-        """w: what is kept without its part along the step, as only the direction of g counts."""
+        """w: what is kept without its part along the step, as only the direction of g counts. The weights are at θ."""
         kept = [torch.zeros_like(p) if v is None else v for p, v in zip(self._params, self.kept, strict=True)]
-        moved = [start - p for start, p in zip(self._start, self._params, strict=True)]  # α·g/(‖g‖ + 1e-7)
+        there = [p.detach().clone() for p in self._params]
+        self._start.restore()
+        moved = [p - t for p, t in zip(self._params, there, strict=True)]  # α·g/(‖g‖ + 1e-7)
         share = _dot(moved, kept) / _dot(moved, moved) * (attacker.norm * attacker.rate / attacker.radius)
         return [v - m.mul_(share) for v, m in zip(kept, moved, strict=True)]
 
@@ -184,34 +213,40 @@ class There:
             self._noise.restore()
         objective()
 
+    def leave(self) -> None:
+        """Go back; what is kept stays, and all else is let go of."""
+        self._start.restore()
+        del self._start, self._optimizer
+
     def _forget(self) -> None:
         for p in self._params:
             p.grad = None
 
 
 @contextmanager
-def simulated_attack(model: nn.Module, attacker: Attacker, same_noise: bool = False) -> Iterator[There]:
+def simulated_attack(
+    model: nn.Module, attacker: Attacker, same_noise: bool = False, host: bool = False
+) -> Iterator[There]:
     """Let an attacker walk away from the present weights; on leaving, everything is as it was, bit for bit.
 
     Restored from a copy (subtracting what was added drifts): trainable parameters and their `.grad`, all buffers,
     the random state of the CPU and of the model's device. `model` is changed in place meanwhile. With `same_noise`
     every pass there begins with the random state of the entry, which is also that of the next pass at θ: where rows
-    are the same, dropout is.
+    are the same, dropout is. With `host` the copy is in the host's memory.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    weights = [p.detach().clone() for p in params]
     gradients = [p.grad for p in params]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     noise = Randomness(params)
-    there = There(params, weights, attacker(params), noise if same_noise else None)
+    there = There(params, Snapshot(params, host), attacker(params), noise if same_noise else None)
     there._forget()
     try:
         yield there
     finally:
         noise.restore()
         with torch.no_grad():
-            for p, weight, gradient in zip(params, weights, gradients, strict=True):
-                p.copy_(weight)
+            there.leave()
+            for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
             for buffer, value in buffers:
                 buffer.copy_(value)

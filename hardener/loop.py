@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 from hardener.data import Streams
 from hardener.errors import DivergedError
 from hardener.group import ALONE, Group
-from hardener.lookahead import Objective, global_norm
+from hardener.lookahead import Attacker, Objective, There, global_norm, simulated_attack
 from hardener.loss import Loss, Taught, is_rowwise, rowwise
 from hardener.recipe import Role, Train
 from hardener.state import States
@@ -178,6 +179,10 @@ class Outer:
             with torch.inference_mode(), self.autocast():
                 logits, _ = self.task.targets(model, batch)
             yield logits.clone()  # a tensor made in inference mode cannot be saved for a backward pass
+
+    def simulated_attack(self, attacker: Attacker, same_noise: bool = False) -> AbstractContextManager[There]:
+        """The look-ahead from the present weights, with the copy of them where the recipe wants it."""
+        return simulated_attack(self.model, attacker, same_noise, host=self.train.snapshot == "host")
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where the recipe asks for it. Not accelerate's, whose precision is fixed once per process."""

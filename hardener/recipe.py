@@ -152,6 +152,11 @@ class Train(Strict):
     seed: int = Field(0, ge=0, le=MOST_SEED)
     save_every: int = Field(50, ge=1, le=MOST, description="outer steps between resumable states")
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
+    snapshot: Literal["device", "host"] = Field(
+        "device",
+        description="where a simulated attack leaves the copy of the weights that it comes back to; host: in the main "
+        "memory, one copy of the trainable weights less on a GPU, for a transfer there and back",
+    )
     on_trouble: Literal["stop", "step-back"] = Field(
         "stop",
         description="what follows a loss or gradient that is not finite, or beyond the two limits below: the run ends "

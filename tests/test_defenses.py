@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from hardener import checkpoint, registry
+from hardener import checkpoint, lookahead, registry
 from hardener.defenses import configs
 from hardener.defenses.ctrap import Ctrap, collapse_token
 from hardener.defenses.low_rank import LowRank, linear_weights
@@ -302,6 +302,39 @@ def test_the_papers_radius_is_two_of_its_attackers_steps():
 def test_the_length_is_given_once_and_whole(paths, setting, message):
     with pytest.raises(RecipeError, match=message):
         small.recipe(paths, setting)
+
+
+# --- where the copy lives --------------------------------------------------------------------------------------
+
+
+LOOKING: dict[str, dict[str, object]] = {
+    "first order": {"name": "ctrap"},
+    "second order": {"name": "ctrap", "order": "second"},
+    "rollout": {"name": "ctrap-rollout", "inner_steps": [2, 2], "benign_weight": 0.5},
+    "adaptive": {"name": "ctrap-adaptive", "inner_steps": [2, 2]},
+}
+
+
+@pytest.mark.parametrize("which", LOOKING)
+def test_a_step_has_the_same_bits_wherever_its_snapshot_lives(paths, letters, monkeypatch, which):
+    asked = []
+
+    class Noted(lookahead.Snapshot):
+        def __init__(self, params, host=False):
+            asked.append(host)
+            super().__init__(params, host)
+
+    monkeypatch.setattr(lookahead, "Snapshot", Noted)
+    found = {}
+    for place in ("device", "host"):
+        asked.clear()
+        made, outer = small.defended(
+            small.recipe(paths, "defense=" + json.dumps(LOOKING[which]), f"train.snapshot={place}"), letters
+        )
+        made.step(outer)
+        assert set(asked) == {place == "host"}
+        found[place] = outer.params
+    assert all(map(torch.equal, *found.values()))
 
 
 # --- second order -------------------------------------------------------------------------------------------

@@ -10,9 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import rows
 from hardener.errors import DivergedError, RecipeError
-from hardener.lookahead import NormalisedStep, simulated_attack
+from hardener.lookahead import NormalisedStep, Snapshot, simulated_attack
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -41,12 +44,13 @@ ATTACKERS = {
 
 @pytest.mark.parametrize("name", ATTACKERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_everything_is_restored_bit_for_bit(name, dtype):
+@pytest.mark.parametrize("host", [False, True])
+def test_everything_is_restored_bit_for_bit(name, dtype, host):
     model = network(dtype)
     model[0].weight.grad = torch.ones_like(model[0].weight)
     before = copy.deepcopy(model.state_dict())
     rng = torch.get_rng_state()
-    with simulated_attack(model, ATTACKERS[name]) as there:
+    with simulated_attack(model, ATTACKERS[name], host=host) as there:
         for _ in range(3):
             there.step(objective(model))
             there.keep(objective(model, 2))
@@ -57,6 +61,50 @@ def test_everything_is_restored_bit_for_bit(name, dtype):
     assert torch.equal(torch.get_rng_state(), rng)
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
     assert model[4].weight.grad is None
+
+
+class OnDevice(TorchDispatchMode):
+    """Storages on a GPU that are met, but those of `known` tensors."""
+
+    def __init__(self, known: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.known = {p.untyped_storage()._cdata for p in known}
+        self.found: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.is_cuda:
+            storage = made.untyped_storage()
+            self.found[storage._cdata] = storage
+        return made
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for key, storage in self.found.items() if key not in self.known)
+
+
+def test_a_copy_in_the_hosts_memory_takes_no_byte_of_the_device():
+    """Of weights that are on a GPU by their word, and have no memory anywhere."""
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(30, 10, device="cuda")) for _ in range(2)]
+        found = {}
+        for host in (False, True):
+            with OnDevice(params) as made:
+                Snapshot(params, host)
+            found[host] = made.bytes
+    assert found == {False: 2 * 300 * 4, True: 0}
+
+
+def test_once_back_only_what_was_kept_is_held():
+    with rows.Live() as live:
+        model = nn.Linear(64, 64)
+        size = sum(p.numel() * 4 for p in model.parameters())
+        with simulated_attack(model, ATTACKERS["adamw"]) as there:
+            there.step(lambda: model(torch.ones(1, 64)).square().mean().backward())
+            there.keep(lambda: model(torch.ones(1, 64)).square().mean().backward())
+            assert live.now > 5 * size  # the weights, their copy, two moments, and what is kept
+        assert live.now < 2.1 * size
+    assert there.norm() > 0
 
 
 def test_everything_is_restored_when_the_attack_fails():

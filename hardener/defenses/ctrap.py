@@ -26,7 +26,7 @@ from torch.optim import AdamW, Optimizer
 from hardener.defenses.population import Dice
 from hardener.defenses.trap_configs import CtrapConfig
 from hardener.errors import RecipeError
-from hardener.lookahead import NormalisedStep, Objective, simulated_attack
+from hardener.lookahead import NormalisedStep, Objective
 from hardener.loop import Outer
 from hardener.losses import collapse, cross_entropy, probability
 from hardener.recipe import Role, Train
@@ -63,7 +63,7 @@ class Ctrap:
         p = probability(self.token)
         radius = self.config.length(sum(p.numel() for p in outer.params))
         log: dict[str, float] = {}
-        with simulated_attack(outer.model, lambda params: NormalisedStep(params, radius), same_noise=True) as there:
+        with outer.simulated_attack(lambda params: NormalisedStep(params, radius), same_noise=True) as there:
             there.step(self.attack(outer, h, log))  # 1, 2  θ' = θ − α g/‖g‖
             there.keep(outer.gradient(collapse(self.token), r, log, "collapse", {"p(e) attacked": p}))  # 3  ∇C(θ')
             if self.config.order == "second":

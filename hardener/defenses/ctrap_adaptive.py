@@ -35,7 +35,7 @@ from hardener.defenses.ctrap import collapse_token, told
 from hardener.defenses.low_rank import LowRank, linear_weights
 from hardener.defenses.population import OPTIMIZERS, Dice, Population
 from hardener.defenses.trap_configs import CtrapAdaptiveConfig
-from hardener.lookahead import Objective, There, simulated_attack
+from hardener.lookahead import Objective, There
 from hardener.loop import Outer
 from hardener.losses import collapse, cross_entropy, distillation, kl_from_uniform, probability
 from hardener.recipe import Role, Train
@@ -200,7 +200,7 @@ class CtrapAdaptive:
                 return LowRank(linear_weights(outer.model, lora), moved, lora, attacker.dice.generator)
             return moved(half(params, attacker.dice) if attacker.subspace == "half" else params)
 
-        return simulated_attack(outer.model, optimizer)
+        return outer.simulated_attack(optimizer)
 
 
 def half(params: list[nn.Parameter], dice: Dice) -> list[nn.Parameter]:

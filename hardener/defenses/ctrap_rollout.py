@@ -31,7 +31,7 @@ from hardener.defenses.ctrap import answers, collapse_token, told
 from hardener.defenses.low_rank import LowRank, linear_weights
 from hardener.defenses.population import OPTIMIZERS, Dice
 from hardener.defenses.trap_configs import CtrapRolloutConfig
-from hardener.lookahead import There, simulated_attack
+from hardener.lookahead import There
 from hardener.loop import Outer
 from hardener.losses import collapse, cross_entropy, probability
 from hardener.recipe import Role, Train
@@ -124,7 +124,7 @@ class CtrapRollout:
             targets = linear_weights(outer.model, lora)
             return LowRank(targets, lambda factors: self.optimizer(factors, attacker.rate), lora, attacker.generator)
 
-        return simulated_attack(outer.model, optimizer)
+        return outer.simulated_attack(optimizer)
 
     def optimizer(self, params: list[nn.Parameter], rate: float) -> Optimizer:
         """φ, without moments yet."""
