@@ -9,6 +9,7 @@ from typing import Any
 from hardener import registry
 from hardener.attacks.families import SCREENS, Kind
 from hardener.defenses.configs import CONFIGS
+from hardener.defenses.sophon_configs import Guarded
 from hardener.problems import Problem, nearest
 from hardener.recipe import ROLES, Data, Recipe, Role, Source, Train, Use
 
@@ -161,6 +162,8 @@ def _defence(recipe: Recipe) -> Iterator[Problem]:
     if recipe.train and recipe.train.batch_size % config.batch_multiple:
         text = f"{name} needs a multiple of {config.batch_multiple}, not {recipe.train.batch_size}"
         yield Problem(("train", "batch_size"), text)
+    if recipe.train and recipe.train.optimizer != "adamw" and issubclass(config, Guarded):
+        yield Problem(("train", "optimizer"), f"{name} trains with two Adams, as its authors do; leave this out")
     settings = recipe.defense.settings
     if recipe.train and settings.get("order") == "second" and recipe.train.dtype != "float32":
         text = "the second order is a difference of gradients, which bfloat16 rounds away; set float32"

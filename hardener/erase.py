@@ -35,6 +35,7 @@ from hardener.group import ALONE, Group
 from hardener.lookahead import Objective, simulated_attack
 from hardener.loop import LOGGED, Outer, Sampler
 from hardener.losses import cross_entropy, distillation
+from hardener.optimizers import made
 from hardener.recipe import Erase, ShortTraining, Train
 from hardener.report import Erased
 from hardener.state import States
@@ -140,8 +141,8 @@ class Distillation:
         return self.erase.stop_at is not None and bool(log) and log[-1]["gap"] <= self.erase.stop_at
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
-        """One AdamW over all weights."""
-        return {"distil": AdamW(params, lr=self.erase.lr, weight_decay=self.erase.weight_decay)}
+        """The recipe's, over all weights."""
+        return {"distil": made(self.erase, params)}
 
     def step(self, outer: Outer) -> dict[str, float]:
         """One step of distillation; returns `kl`, nats per target."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hardener import hub, recipe_file, registry, release, verdict
+from hardener import hub, optimizers, recipe_file, registry, release, verdict
 from hardener.console import Narrator, quiet
 from hardener.errors import RecipeError, UsageError
 from hardener.plan import Plan, check_disk, expected, plan
@@ -108,6 +108,7 @@ def harden(
     task_class = registry.find("tasks", chosen.task)
     task_class.supports(ref.config)
     _check_device(asked["device"])
+    optimizers.check(chosen)
     place = Path(resume or output or Path("runs") / f"{ref.id.replace('/', '--')}-{chosen.name}")
     target = release.destination(asked, ref) if dry_run and asked["push_to"] else asked["push_to"]
     planned = plan(chosen, ref, target, place=place, device=asked["device"])

@@ -143,6 +143,12 @@ class Train(Strict):
     grad_accumulation: int = Field(
         1, ge=1, le=MOST_ROWS, description="micro-batches per batch; same gradient, less memory"
     )
+    optimizer: Literal["adamw", "adafactor", "adamw-8bit", "adamw-paged"] = Field(
+        "adamw",
+        description="adamw has two moments per trainable weight in float32, adafactor next to nothing, adamw-8bit two "
+        "bytes; adamw-paged moves moments to the main memory where a GPU's is full. The last two need "
+        "`pip install hardener[optimizers]`",
+    )
     lr: float = Field(gt=0, description="learning rate of the outer (SOPHON: reinforcement) optimizer")
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -209,7 +215,7 @@ class Erase(Train):
         "none", description="train the teacher first, on refusals and retain rows half and half"
     )
     steps: int = Field(ge=0, le=MOST, description="distillation steps")
-    lr: float = Field(gt=0, description="learning rate of the student's AdamW")
+    lr: float = Field(gt=0, description="learning rate of the student's optimizer")
     temperature: float = Field(1.0, gt=0, description="softens the outputs of teacher and student alike")
     alignment_share: float = Field(
         0.25, ge=0, lt=1, description="share of alignment rows in a batch, where the recipe has that role"

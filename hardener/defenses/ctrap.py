@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from hardener.defenses.population import Dice
 from hardener.defenses.trap_configs import CtrapConfig
@@ -29,6 +29,7 @@ from hardener.errors import RecipeError
 from hardener.lookahead import NormalisedStep, Objective
 from hardener.loop import Outer
 from hardener.losses import collapse, cross_entropy, probability
+from hardener.optimizers import made
 from hardener.recipe import Role, Train
 from hardener.tasks.base import Example, Task
 from hardener.tasks.causal_lm import CausalLM
@@ -53,8 +54,8 @@ class Ctrap:
         """Sentences for the report."""
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
-        """One AdamW."""
-        return {"outer": AdamW(params, lr=self.train.lr, weight_decay=self.train.weight_decay)}
+        """The recipe's."""
+        return {"outer": made(self.train, params)}
 
     def step(self, outer: Outer) -> dict[str, float]:
         """One outer step; returns losses in nats per token, p(e), the norms of both gradients and the clip factor."""

@@ -29,7 +29,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from hardener.defenses.ctrap import collapse_token, told
 from hardener.defenses.low_rank import LowRank, linear_weights
@@ -38,6 +38,7 @@ from hardener.defenses.trap_configs import CtrapAdaptiveConfig
 from hardener.lookahead import Objective, There
 from hardener.loop import Outer
 from hardener.losses import collapse, cross_entropy, distillation, kl_from_uniform, probability
+from hardener.optimizers import made
 from hardener.recipe import Role, Train
 from hardener.tasks.base import Example, Task
 
@@ -95,8 +96,8 @@ class CtrapAdaptive:
         """Sentences for the report."""
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
-        """One AdamW."""
-        return {"outer": AdamW(params, lr=self.train.lr, weight_decay=self.train.weight_decay)}
+        """The recipe's."""
+        return {"outer": made(self.train, params)}
 
     def step(self, outer: Outer) -> dict[str, float]:
         """One outer step; returns K, the rate, what the attacker won, the price, losses in nats per token and norms."""

@@ -25,7 +25,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from hardener.defenses.ctrap import answers, collapse_token, told
 from hardener.defenses.low_rank import LowRank, linear_weights
@@ -34,6 +34,7 @@ from hardener.defenses.trap_configs import CtrapRolloutConfig
 from hardener.lookahead import There
 from hardener.loop import Outer
 from hardener.losses import collapse, cross_entropy, probability
+from hardener.optimizers import made
 from hardener.recipe import Role, Train
 from hardener.tasks.base import Example, Task
 
@@ -62,8 +63,8 @@ class CtrapRollout:
         """Sentences for the report."""
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
-        """One AdamW; the attackers' own stand beside it if they stay warm, and so are part of the resumable state."""
-        outer: dict[str, Optimizer] = {"outer": AdamW(params, lr=self.train.lr, weight_decay=self.train.weight_decay)}
+        """The recipe's; beside it the attackers' own if they stay warm, and so are part of the resumable state."""
+        outer: dict[str, Optimizer] = {"outer": made(self.train, params)}
         walks: tuple[Role, ...] = ("restricted", "retain") if self.config.benign_weight else ("restricted",)
         warm = walks if self.config.inner_state == "warm" else ()
         return outer | {walk: self.optimizer(params, self.config.inner_lr[1]) for walk in warm}
