@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from hardener import (
     card,
     cli,
+    contradictions,
     errors,
     pipeline,
     plan,
@@ -58,6 +59,7 @@ EXAMPLE = ROOT / "docs" / "example"
 KINDS: dict[Kind, str] = {
     "language": "language models",
     "classifier": "classifiers",
+    "encoder": "encoders",
     "diffusion": "diffusion models",
 }
 PRINTED = ("Outcome", "Plan", "Pushed")
@@ -162,8 +164,19 @@ def recipe() -> str:
         ]
         said = inspect.getdoc(model) or ""
         parts += [f"## {title}", escaped(said), table(("Key", "Value", "Default", "Meaning"), rows)]
-    parts += ["## Shipped recipes", recipes_table()]
+    parts += ["## Tasks", tasks_table(), "## Shipped recipes", recipes_table()]
     return page(parts)
+
+
+def tasks_table() -> str:
+    """The tasks, with the forms that a row may have."""
+    rows = []
+    for name in registry.BUILT_IN["tasks"]:
+        task = registry.find("tasks", name)
+        forms = " or ".join(" + ".join(f"`{field}`" for field in form) for form in task.fields)
+        scores = ", ".join(f"`{score}`" for score in contradictions.SCORES[name])
+        rows.append((f"`{name}`", KINDS[task.kind], forms, scores))
+    return table(("Task", "For", "A row", "Scores"), rows)
 
 
 def kind(schema: dict[str, Any]) -> str:

@@ -48,11 +48,15 @@ TASK_TYPES = {
     "causal-lm": "text-generation",
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
+    "text-encoder": "feature-extraction",
+    "image-encoder": "image-feature-extraction",
     "unconditional-diffusion": "unconditional-image-generation",
 }
 
 MEASURES = {
     "likelihood-gain": "NLL, nats per token",
+    "closeness": "closeness of the hidden states to the original's (share of their variance)",
+    "linear-probe": "accuracy of a linear probe on the mean hidden state",
     "likeness": "likeness of samples to the rows (sliced Wasserstein; grey squares: 0)",
 }
 """Scores whose names say too little."""

@@ -89,7 +89,7 @@ def save(model: nn.Module, parent: Path, release: Path) -> Saved:
     """
     with files.new_folder(release) as new, files.scratch_folder(release.with_name(".merged")) as scratch:
         copy_companions(parent, new)
-        model.save_pretrained(scratch, max_shard_size="2GB")  # type: ignore[operator]
+        as_stored(model, parent).save_pretrained(scratch, max_shard_size="2GB")  # type: ignore[operator]
         written = _Tensors(scratch)
         plain = model.state_dict()
         lost = moved = size = 0.0
@@ -120,6 +120,16 @@ def save(model: nn.Module, parent: Path, release: Path) -> Saved:
         cast_loss=(lost / moved) ** 0.5 if moved else 0.0,
         moved=(moved / size) ** 0.5 if size else 0.0,
     )
+
+
+def as_stored(model: nn.Module, parent: Path) -> nn.Module:
+    """The model, or what is beneath its head where the parent's tensors are named as by that alone."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    for shard in weight_files(parent):
+        with safe_open(shard, framework="pt") as stored:
+            if any(name.startswith(f"{prefix}.") for name in stored.keys()):  # noqa: SIM118 — no dict either
+                return model
+    return model.get_submodule(prefix) if prefix and hasattr(model, prefix) else model
 
 
 def copy_companions(parent: Path, release: Path) -> None:

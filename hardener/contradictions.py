@@ -18,18 +18,24 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "causal-lm": (("prompt", "completion"), ("text",), ("messages",)),
     "sequence-classification": (("text", "text_pair", "label"), ("text", "label")),
     "image-classification": (("image", "label"),),
+    "text-encoder": (("text", "text_pair", "label"), ("text", "label"), ("text", "text_pair"), ("text",)),
+    "image-encoder": (("image", "label"), ("image",)),
     "unconditional-diffusion": (("image",),),
 }
 KINDS: dict[str, Kind] = {
     "causal-lm": "language",
     "sequence-classification": "classifier",
     "image-classification": "classifier",
+    "text-encoder": "encoder",
+    "image-encoder": "encoder",
     "unconditional-diffusion": "diffusion",
 }
 SCORES: dict[str, tuple[str, ...]] = {
     "causal-lm": ("exact-match", "likelihood-gain", "likelihood", "judged"),
     "sequence-classification": ("accuracy",),
     "image-classification": ("accuracy",),
+    "text-encoder": ("accuracy", "closeness", "linear-probe"),
+    "image-encoder": ("accuracy", "closeness", "linear-probe"),
     "unconditional-diffusion": ("denoising",),
 }
 # What each role is for; `defence` counts only where the recipe hardens.
@@ -54,7 +60,7 @@ def unknown_names(data: Mapping[str, Any]) -> Iterator[Problem]:
 
 def contradictions(recipe: Recipe) -> list[Problem]:
     """Return every contradiction with its place; an empty list means that the recipe can be carried out."""
-    return [*_sources(recipe), *_data(recipe), *_erase(recipe), *_defence(recipe), *_probe(recipe)]
+    return [*_sources(recipe), *_data(recipe), *_erase(recipe), *_defence(recipe), *_encoder(recipe), *_probe(recipe)]
 
 
 def _all_sources(data: Data) -> Iterator[tuple[Role, int, Source]]:
@@ -130,7 +136,7 @@ def _erase(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("data", "alignment"), "erase.unlearn needs this role")
     if erase.parent_tokens and recipe.task == "image-classification":
         yield Problem(("erase", "parent_tokens"), "images have no tokens")
-    if recipe.task == "unconditional-diffusion":
+    if KINDS.get(recipe.task) in ("diffusion", "encoder"):
         yield Problem(("erase",), "what is distilled are the answers of classifiers and language models")
     if recipe.adapter != "none" and not recipe.defense:
         yield Problem(("adapter",), "erasing changes the weights themselves; an adapter needs a section `defense`")
@@ -177,6 +183,25 @@ def _defence(recipe: Recipe) -> Iterator[Problem]:
         listed = settings.get(key)
         if isinstance(listed, list | tuple) and "lora" in listed and recipe.adapter != "none":
             yield Problem(("defense", key), "a LoRA is simulated on all weights: it needs `adapter: none`")
+
+
+def _encoder(recipe: Recipe) -> Iterator[Problem]:
+    """What a model without a head does not have, and needs from the data."""
+    if KINDS.get(recipe.task) != "encoder":
+        return
+    for role, index, source in _all_sources(recipe.data):
+        kept = role == "retain"
+        if source.score and kept == (source.score == "accuracy"):
+            text = "an encoder has no head: retain rows are scored by closeness or linear-probe, all others by accuracy"
+            yield Problem(("data", role, index, "score"), text)
+        taught = not kept or source.score == "linear-probe"
+        if taught and source.columns and "label" not in source.columns:
+            yield Problem(("data", role, index, "columns"), "what an encoder is taught, or probed by, needs a label")
+    if recipe.adapter != "none":
+        yield Problem(("adapter",), "an encoder is hardened in all its weights")
+    for key, head in (recipe.defense.settings if recipe.defense else {}).items():
+        if key in ("head", "heads") and "fresh" not in head:
+            yield Problem(("defense", key), "an encoder has no head to keep: attackers bring a fresh one")
 
 
 def _probe(recipe: Recipe) -> Iterator[Problem]:

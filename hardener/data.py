@@ -98,7 +98,10 @@ def open_streams(recipe: Recipe, task: Task, label2id: dict[str, int]) -> Stream
     for role in ROLES:
         sources: tuple[Source, ...] = getattr(recipe.data, role) or ()
         loaded = [(s, list(rows_of(role, i, s, task, recipe.data.seed))) for i, s in enumerate(sources)]
-        index = labels_of(role, [row for _, rows in loaded for row in rows], None if role != "retain" else label2id)
+        own = label2id if role == "retain" and task.kind != "encoder" else None
+        index = labels_of(role, [row for _, rows in loaded for row in rows], own)
+        if task.kind == "encoder":
+            _check_labels(role, loaded)
         classes[role] = 0 if task.generative else len(index)
         if role == "alignment":
             refusals = {row["completion"] for _, rows in loaded for row in rows if "completion" in row}
@@ -115,17 +118,17 @@ def open_streams(recipe: Recipe, task: Task, label2id: dict[str, int]) -> Stream
 
 
 def encoded(role: Role, source: Source, rows: Sequence[dict[str, Any]], index: Mapping[Any, int], task: Task) -> Loaded:
-    """The rows of one source as examples; `index`: label value → class, empty for rows without labels."""
+    """The rows of one source as examples; `index`: label value → class."""
     examples: list[Example] = []
     texts: dict[str, str] = {}
     for row in rows:
-        example = task.encode(row | ({"label": index[row["label"]]} if index else {}))
+        example = task.encode(row | ({"label": index[row["label"]]} if "label" in row else {}))
         if example is None:
             continue
         examples.append(example)
         if (asked := text_of(row)) is not None:
             texts[example.key] = asked
-    score = source.score or task.default_score
+    score = source.score or (role == "retain" and task.retain_score) or task.default_score
     return Loaded(role, source, score, tuple(examples), texts, len(rows) - len(examples))
 
 
@@ -178,6 +181,13 @@ def labels_of(role: str, rows: Sequence[dict[str, Any]], label2id: dict[str, int
             "retain must be the task that the checkpoint's head was trained for"
         )
     return {value: label2id[value] if isinstance(value, str) else value for value in values}
+
+
+def _check_labels(role: Role, loaded: Sequence[tuple[Source, Sequence[Mapping[str, Any]]]]) -> None:
+    """What an encoder is taught, or probed by, needs labels. Raises DataError where it has none."""
+    for source, rows in loaded:
+        if (role != "retain" or source.score == "linear-probe") and not all("label" in row for row in rows):
+            raise DataError(f"data.{role} ({name_of(source)}): rows need a label; map its column with `columns`")
 
 
 class Divider:

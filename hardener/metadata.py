@@ -45,6 +45,7 @@ KEPT = (
     *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes", "vocab.bpe"),
     *("additional_chat_templates/*.jinja", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
     *(DENOISER_CONFIG, SCHEDULER_CONFIG),
+    *("[0-9]_*/config.json", "[0-9]_*/model.safetensors"),  # what sentence-transformers puts behind an encoder
 )
 """What belongs to a release besides the weights, as patterns of whole paths."""
 LEFT = ("*.index.json", "*_results.json", "trainer_state.json")

@@ -322,6 +322,7 @@ def probe(
         from hardener import stages
 
         bench = stages.open_bench(chosen, folder, device, say)
+        bench.task.folder = original_folder  # an encoder is as good as it is near to the original
         run.guard(stages.fingerprint(chosen, folder, bench))
         families = stages.choose_families(bench, original_folder, parent=against is not None)
         original = scratch = None

@@ -14,7 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloa
 Use = Literal["defence", "attack", "evaluation"]
 Role = Literal["restricted", "alignment", "retain", "benign", "harmless"]
 TaskName = str
-Score = Literal["exact-match", "likelihood-gain", "likelihood", "accuracy", "denoising", "judged"]
+Score = Literal[
+    "exact-match", "likelihood-gain", "likelihood", "accuracy", "closeness", "linear-probe", "denoising", "judged"
+]
 Preset = Literal["reduced-cpu", "quick", "standard", "thorough"]
 Gate = Literal["no-measurable-protection", "raises-cost", "protected"]
 MOST = 10**9

@@ -16,6 +16,8 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "causal-lm": "hardener.tasks.causal_lm:CausalLM",
         "sequence-classification": "hardener.tasks.sequence_classification:SequenceClassification",
         "image-classification": "hardener.tasks.image_classification:ImageClassification",
+        "text-encoder": "hardener.tasks.encoder:TextEncoder",
+        "image-encoder": "hardener.tasks.encoder:ImageEncoder",
         "unconditional-diffusion": "hardener.tasks.diffusion:UnconditionalDiffusion",
     },
     "defenses": {

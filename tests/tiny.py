@@ -29,8 +29,8 @@ def saved(model: Any, processor: Any, folder: Path) -> Path:
     return folder
 
 
-def resnet(folder: Path, labels: int = 3, seed: int = 0) -> Path:
-    """A ResNet of a few thousand parameters over 8 × 8 images."""
+def resnet(folder: Path, labels: int = 3, seed: int = 0, bare: bool = False) -> Path:
+    """A ResNet of a few thousand parameters over 8 × 8 images; `bare`: without its head."""
     from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
     torch.manual_seed(seed)
@@ -38,11 +38,12 @@ def resnet(folder: Path, labels: int = 3, seed: int = 0) -> Path:
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=labels, num_channels=3
     )
     size = {"height": 8, "width": 8}
-    return saved(ResNetForImageClassification(config), ViTImageProcessor(size=size), folder)
+    model = ResNetForImageClassification(config)
+    return saved(model.resnet if bare else model, ViTImageProcessor(size=size), folder)
 
 
-def bert(folder: Path, labels: int = 3, seed: int = 0) -> Path:
-    """A BERT classifier of a few thousand parameters over letters."""
+def bert(folder: Path, labels: int = 3, seed: int = 0, bare: bool = False) -> Path:
+    """A BERT classifier of a few thousand parameters over letters; `bare`: without its head."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
@@ -57,7 +58,8 @@ def bert(folder: Path, labels: int = 3, seed: int = 0) -> Path:
         num_labels=labels,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return saved(BertForSequenceClassification(config), tokenizer, folder)
+    model = BertForSequenceClassification(config)
+    return saved(model.bert if bare else model, tokenizer, folder)
 
 
 def ddpm(folder: Path, seed: int = 0) -> Path:

@@ -14,7 +14,7 @@ Optimizer = Literal["adamw", "sgd", "adagrad", "adadelta", "relative"]
 Scope = Literal["all", "lora", "head"]
 Objective = Literal["answers", "benign-loss", "kl", "dpo"]
 Edit = Literal["canonical", "kicked", "healed", "ablated", "pruned", "rounded", "merged", "delta-removed"]
-Kind = Literal["language", "classifier", "diffusion"]
+Kind = Literal["language", "classifier", "encoder", "diffusion"]
 """What is attacked; the kinds differ in what an attacker trains and asks."""
 
 
@@ -79,7 +79,12 @@ class Family:
         return not self.doses
 
     def suits(self, kind: Kind) -> bool:
-        """Whether it is an attack on models of this kind."""
+        """Whether it is an attack on models of this kind.
+
+        An encoder is attacked as a classifier is, but for what needs a head that it has, or labels of its own task.
+        """
+        if kind == "encoder":
+            return not self.generative and self.head == "fresh" and self.edit != "healed"
         return self.diffusion if kind == "diffusion" else self.generative == (kind == "language")
 
     @property
@@ -232,6 +237,7 @@ FEW_ROWS_20 = Family(
 BENIGN: dict[Kind, Family] = {
     "language": Family("benign", "benign fine-tune", True, rates=(3e-5, 1e-4, 3e-4)),
     "classifier": Family("benign", "benign fine-tune, fresh head", False, rates=(1e-4, 1e-3, 1e-2), head="fresh"),
+    "encoder": Family("benign", "benign fine-tune, fresh head", False, rates=(1e-4, 1e-3, 1e-2), head="fresh"),
     "diffusion": Family("benign", "benign fine-tune", True, rates=(3e-5, 3e-4, 3e-3), diffusion=True),
 }
 """What an honest user does. Not an attack."""
@@ -240,11 +246,13 @@ SCREENS: dict[str, dict[Kind, tuple[str, ...]]] = {
     "quick": {
         "language": ("full", "lora", "mixed", "prefilled"),
         "classifier": ("fresh-head", "fresh-head-sgd", "kept-head"),
+        "encoder": ("fresh-head", "fresh-head-sgd", "fresh-head-only"),
         "diffusion": ("full", "lora", "relative"),
     },
     "reduced-cpu": {
         "language": ("full", "mixed"),
         "classifier": ("fresh-head", "kept-head"),
+        "encoder": ("fresh-head", "fresh-head-only"),
         "diffusion": ("full", "lora"),
     },
 }

@@ -147,6 +147,7 @@ TRAINERS: dict[tuple[Kind, Objective], Any] = {
     ("language", "benign-loss"): BenignLoss,
     ("language", "kl"): KeptClose,
     ("classifier", "answers"): Answers,
+    ("encoder", "answers"): Answers,
     ("diffusion", "answers"): Denoising,
 }
 

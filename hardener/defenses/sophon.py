@@ -109,8 +109,8 @@ class Sophon:
         return SGD(params, lr=self.config.inner_lr, momentum=self.config.inner_momentum)
 
     def head(self, outer: Outer) -> AbstractContextManager[None]:
-        """A fresh head for the restricted task, or the model's own. Raises RecipeError if that has too few outputs."""
-        if self.task.kind != "classifier":
+        """A fresh head for restricted classes, or the model's own. Raises RecipeError if that has too few outputs."""
+        if not outer.classes("restricted"):
             return nullcontext()
         if self.config.head == "fresh":
             return self.task.fresh_head(outer.model, outer.classes("restricted"))

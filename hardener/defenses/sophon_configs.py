@@ -52,7 +52,7 @@ class SophonConfig(Guarded):
     )
     tasks: ClassVar[tuple[str, ...]] = (
         *("image-classification", "sequence-classification", "causal-lm"),
-        "unconditional-diffusion",
+        *("image-encoder", "text-encoder", "unconditional-diffusion"),
     )
 
     suppression: Suppression = Field(
@@ -114,7 +114,10 @@ class SophonWideConfig(Guarded):
 
     title: ClassVar[str] = "SOPHON against a population of attackers (an extension)"
     paper: ClassVar[Paper] = SophonConfig.paper
-    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "sequence-classification", "causal-lm")
+    tasks: ClassVar[tuple[str, ...]] = (
+        *("image-classification", "sequence-classification", "causal-lm"),
+        *("image-encoder", "text-encoder"),
+    )
 
     floor: float | None = Field(
         0.98,

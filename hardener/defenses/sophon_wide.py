@@ -82,8 +82,8 @@ class SophonWide:
         self.task = task
         self.suppression = SUPPRESSION[config.suppression]
         self.guard = Guard(config)
-        self.distils = config.distil > 0
-        """Asks the loop to keep the parent."""
+        self.distils = config.distil > 0 and task.kind != "encoder"
+        """Asks the loop to keep the parent; the own loss of an encoder's task is its distillation."""
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
         """Two Adams: α suppresses, β reinforces; and the point to go back to, where there is a floor."""

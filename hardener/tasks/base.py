@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,8 @@ class Task(ABC):
     mapping: ClassVar[str]
     """transformers' table of model types that the Auto class knows."""
     default_score: ClassVar[str]
+    retain_score: ClassVar[str | None] = None
+    """Of retain rows, where they are scored otherwise."""
     generative: ClassVar[bool]
     """True: an attacker wants general utility beside the restricted skill (language models)."""
 
@@ -162,14 +164,17 @@ class Task(ABC):
                 f"{tuple(expected)} ({len(info['mismatched_keys'])} such tensors); config and weights belong to "
                 "different models"
             )
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
+        if lacking := self.lacking(model, info["missing_keys"]):
             raise UsageError(
-                f"{folder.name} has no weights for {missing} of {type(model).__name__}; "
+                f"{folder.name} has no weights for {', '.join(lacking[:3])} of {type(model).__name__}; "
                 f"hardener needs a checkpoint that is complete for the task {self.name} (train its head first)"
             )
         switch_dropout_off(model)
         return model  # type: ignore[no-any-return]
+
+    def lacking(self, model: nn.Module, missing: Iterable[str]) -> list[str]:
+        """Those of the weights missing from a checkpoint that it must have."""
+        return sorted(missing)
 
     def scratch(self, folder: Path, **config: Any) -> nn.Module:
         """Return the same architecture with random weights (the from-scratch control)."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hardener.attacks.families import Kind
 from hardener.tasks.base import Batch, Example, Task
 
 
 class Classification(Task):
     """One label per row; labels are indices into the head."""
 
-    kind = "classifier"
+    kind: ClassVar[Kind] = "classifier"
     default_score = "accuracy"
     generative = False
 

@@ -21,7 +21,7 @@ class ImageClassification(Classification):
 
     name = "image-classification"
     mapping = "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"
-    fields: ClassVar = (("image", "label"),)
+    fields: ClassVar[tuple[tuple[str, ...], ...]] = (("image", "label"),)
 
     def __init__(self, folder: Path, *, template: str, max_length: int) -> None:
         super().__init__(folder, template=template, max_length=max_length)

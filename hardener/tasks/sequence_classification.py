@@ -17,7 +17,7 @@ class SequenceClassification(Classification):
 
     name = "sequence-classification"
     mapping = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
-    fields: ClassVar = (("text", "text_pair", "label"), ("text", "label"))
+    fields: ClassVar[tuple[tuple[str, ...], ...]] = (("text", "text_pair", "label"), ("text", "label"))
 
     def __init__(self, folder: Path, *, template: str, max_length: int) -> None:
         super().__init__(folder, template=template, max_length=max_length)
