@@ -13,12 +13,13 @@ step, `there.differentiate` puts the exact derivative in its place.
 
 Cost: one backward pass per `step` and per `keep`; one copy of the trainable weights, one of their gradient, and the
 attacker's optimizer state, independent of the number of steps; once back, only the kept gradient is left. The copy may
-live in the host's memory. Second order: two passes and one copy more. Everything is of the local shard, so the same
-lines serve one device and sharded parameters; the only global numbers are norms and dot products.
+live in the host's memory, and so what is left. Second order: two passes and one copy more. Everything is of the local
+shard, so the same lines serve one device and sharded parameters; the only global numbers are norms and dot products.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -68,9 +69,13 @@ class NormalisedStep(Optimizer):
 
 def global_norm(gradients: Iterable[Tensor | None]) -> float:
     """L2 norm over all tensors and shards. Raises DivergedError if it is not finite."""
-    norm = _whole(get_total_norm([g for g in gradients if g is not None]))
-    value = float(norm)
-    if not torch.isfinite(norm):
+    return _finite(get_total_norm([g for g in gradients if g is not None]))
+
+
+def _finite(norm: Tensor) -> float:
+    """A norm as a number. Raises DivergedError if it is not finite."""
+    value = float(_whole(norm))
+    if not math.isfinite(value):
         raise DivergedError(f"the gradient norm is {value}; lower the learning rate or radius, or raise the precision")
     return value
 
@@ -104,6 +109,7 @@ class Snapshot:
     """Weights as they are, kept beside them or in the host's memory, to be put back bit for bit any number of times."""
 
     def __init__(self, params: Sequence[nn.Parameter], host: bool = False) -> None:
+        self.host = host
         self._params = params
         self._values = [_in_host_memory(_local(p)) if host else _local(p).clone() for p in params]
 
@@ -115,9 +121,9 @@ class Snapshot:
 
 
 @torch.no_grad()
-def _local(p: nn.Parameter) -> Tensor:
-    """This process's part of a parameter, in the parameter's own memory."""
-    value = p.detach()
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the tensor's own memory."""
+    value = tensor.detach()
     return value.to_local() if hasattr(value, "to_local") else value
 
 
@@ -197,16 +203,20 @@ class There:
         return [v - m.mul_(share) for v, m in zip(kept, moved, strict=True)]
 
     def norm(self) -> float:
-        """L2 norm of what was set aside. Raises DivergedError if it is not finite."""
-        return global_norm(self.kept)
+        """Once back: L2 norm of what was set aside. Raises DivergedError if it is not finite."""
+        return _finite(self._length)
 
+    @torch.no_grad()
     def add_kept(self, weight: float = 1.0, cap: float | None = None) -> None:
-        """Add `weight` × what was set aside, first cut to the norm `cap`, to `.grad` of the parameters."""
+        """Once back: add `weight` × what was set aside, first cut to the norm `cap`, to `.grad` of the parameters."""
         if cap is not None:
             weight *= min(1.0, cap / (self.norm() + TINY))
         for p, kept in zip(self._params, self.kept, strict=True):
-            if kept is not None:
-                p.grad = kept * weight if p.grad is None else p.grad.add_(kept, alpha=weight)
+            if kept is None:
+                continue
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            _local(p.grad).add_(kept.to(p.device), alpha=weight)
 
     def _run(self, objective: Objective) -> None:
         if self._noise is not None:
@@ -214,8 +224,12 @@ class There:
         objective()
 
     def leave(self) -> None:
-        """Go back; what is kept stays, and all else is let go of."""
+        """Go back; what is kept stays, its length known, and all else is let go of."""
         self._start.restore()
+        self._length = get_total_norm([kept for kept in self.kept if kept is not None])
+        for i, kept in enumerate(self.kept):
+            if kept is not None:
+                self.kept[i] = _in_host_memory(_local(kept)) if self._start.host else _local(kept)
         del self._start, self._optimizer
 
     def _forget(self) -> None:
@@ -232,7 +246,7 @@ def simulated_attack(
     Restored from a copy (subtracting what was added drifts): trainable parameters and their `.grad`, all buffers,
     the random state of the CPU and of the model's device. `model` is changed in place meanwhile. With `same_noise`
     every pass there begins with the random state of the entry, which is also that of the next pass at θ: where rows
-    are the same, dropout is. With `host` the copy is in the host's memory.
+    are the same, dropout is. With `host` the copy is in the host's memory, and afterwards what was kept.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in params]

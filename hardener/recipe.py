@@ -162,8 +162,9 @@ class Train(Strict):
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
     snapshot: Literal["device", "host"] = Field(
         "device",
-        description="where a simulated attack leaves the copy of the weights that it comes back to; host: in the main "
-        "memory, one copy of the trainable weights less on a GPU, for a transfer there and back",
+        description="where a simulated attack leaves the copy of the weights that it comes back to, and then the "
+        "gradient that it kept; host: in the main memory, one copy of the trainable weights less on a GPU, for two "
+        "transfers there and back",
     )
     on_trouble: Literal["stop", "step-back"] = Field(
         "stop",

@@ -55,7 +55,7 @@ class Recorded:
         def stepping(name, clip):
             self.gradients[name] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in outer.params]
             self.clips[name] = clip
-            return step(name, clip)
+            return step(name, clip=clip)
 
         outer.draw, outer.step = drawing, stepping
 

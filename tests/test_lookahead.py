@@ -102,7 +102,7 @@ def test_once_back_only_what_was_kept_is_held():
         with simulated_attack(model, ATTACKERS["adamw"]) as there:
             there.step(lambda: model(torch.ones(1, 64)).square().mean().backward())
             there.keep(lambda: model(torch.ones(1, 64)).square().mean().backward())
-            assert live.now > 5 * size  # the weights, their copy, two moments, and what is kept
+            assert live.now > 4.9 * size  # the weights, their copy, two moments, and what is kept
         assert live.now < 2.1 * size
     assert there.norm() > 0
 
