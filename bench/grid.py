@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from bench import grid_report
-from bench.grid_attackers import METHODS, OPTIMIZERS, PLAIN, PREPARATIONS, Attacker, install, rates
+from bench.grid_attackers import METHODS, OPTIMIZERS, PLAIN, PREPARATIONS, Attacker, rates
 from bench.grid_sides import ORIGINAL, SCRATCH, Setting, Side, best_attackers
 from hardener import checkpoint, recipe_file, sources, stages
 from hardener.attacks.finetune import attacked
@@ -105,7 +105,6 @@ class Room:
 
     def __init__(self, place: Place) -> None:
         torch.set_num_threads(1)
-        install()
         self.place = place
         recipe = sources.pin(recipe_file.load(place.recipe, probe=True))
         with quiet():

@@ -7,18 +7,11 @@ the exact lists of the paper are not published, so those below are ours. Each at
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import nn
-from torch.optim.swa_utils import update_bn
-
+from hardener.attacks import families
 from hardener.attacks.attack import Attack
-from hardener.attacks.edits import EDITS
-from hardener.attacks.families import Family
-from hardener.attacks.scene import Scene
-from hardener.attacks.training import OPTIMIZERS as TRAINING
+from hardener.attacks.families import Edit, Family
 
 BATCH, PER_CLASS = 16, 20
 """What the attacks of the whole cross product are made with."""
@@ -48,16 +41,15 @@ class Ladder:
     """An optimizer with its four learning rates, a decade apart."""
 
     title: str
-    row: str
-    """Its row in the table of the probe's optimizers."""
+    row: families.Optimizer
+    """Its name among the probe's optimizers."""
     rates: tuple[float, ...]
 
 
-DECAYED = "adamw-0.01"
 OPTIMIZERS = {
     "sgd": Ladder("SGD, momentum 0.9", "sgd", (1e-4, 1e-3, 1e-2, 1e-1)),
     "adam": Ladder("Adam", "adamw", (1e-4, 1e-3, 1e-2, 1e-1)),  # the probe's AdamW has no decay: it is Adam
-    "adamw": Ladder("AdamW, decay 0.01", DECAYED, (1e-4, 1e-3, 1e-2, 1e-1)),
+    "adamw": Ladder("AdamW, decay 0.01", "adamw-0.01", (1e-4, 1e-3, 1e-2, 1e-1)),
     "adagrad": Ladder("Adagrad", "adagrad", (1e-3, 1e-2, 1e-1, 1.0)),
     "adadelta": Ladder("Adadelta", "adadelta", (1e-2, 1e-1, 1.0, 10.0)),
 }
@@ -68,7 +60,7 @@ class Preparation:
     """What is done beside plain fine-tuning."""
 
     title: str
-    edit: str | None = None
+    edit: Edit | None = None
     dose: float = 0.0
     schedule: str = "constant"
 
@@ -126,28 +118,3 @@ AUTHORS = Attacker("kept-all", "sgd", 1e-4)
 def rates(method: str, optimizer: str) -> tuple[float, ...]:
     """The learning rates of a method with an optimizer, rising."""
     return tuple(float(f"{rate * METHODS[method].factor:.3g}") for rate in OPTIMIZERS[optimizer].rates)
-
-
-def rescaled(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
-    """Give every weight, gains too, the norm that it has in a fresh model, so that no scale a defence chose is left.
-
-    Directions stay. Biases stay as they are, and so does what is zero here or in a fresh model. Batch norm's
-    statistics are measured anew on the attacker's rows. Where a normalisation follows each matrix the function stays
-    as well (in training mode, up to its ε); elsewhere it changes, and training has to mend that.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        fresh = dict(scene.task.scratch(scene.folder).named_parameters())
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            length, wanted = p.norm(), fresh[name].norm()
-            if length > 0 and wanted > 0 and not name.endswith("bias"):
-                p.mul_(wanted / length)
-    batches = (batch.to(next(model.parameters()).device) for _, batch in scene.task.batches(scene.harm))
-    update_bn((batch.inputs["pixel_values"] for batch in batches), model)
-
-
-def install() -> None:
-    """Add to the probe's tables what it does not have: AdamW with decay, and re-scaling."""
-    TRAINING[DECAYED] = partial(torch.optim.AdamW, weight_decay=0.01)
-    EDITS["rescaled"] = rescaled

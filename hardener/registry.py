@@ -72,6 +72,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "fresh-head-cosine": "hardener.attacks.families:FRESH_COSINE",
         "fresh-head-canonical": "hardener.attacks.families:FRESH_CANONICAL",
         "fresh-head-healed": "hardener.attacks.families:FRESH_HEALED",
+        "fresh-head-rescaled": "hardener.attacks.families:FRESH_RESCALED",
         "few-rows-5": "hardener.attacks.families:FEW_ROWS_5",
         "few-rows-20": "hardener.attacks.families:FEW_ROWS_20",
     },

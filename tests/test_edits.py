@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import placebos
 import pytest
+import small
 import tiny
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from hardener.console import quiet
 from hardener.errors import CannotEdit
 from hardener.measurement import Checkpoint
 from hardener.tasks.causal_lm import CausalLM
+from hardener.tasks.encoder import TextEncoder
 from hardener.tasks.sequence_classification import SequenceClassification
 
 
@@ -205,6 +207,82 @@ def test_healing_lowers_the_loss_on_the_models_own_task_and_keeps_every_shape(be
             losses.append(nn.functional.cross_entropy(*task.targets(model, task.collate(own))).item())
         assert bool(dose) != all(torch.equal(after[name], before[name]) for name in before)
     assert losses[1] < losses[0] - 0.05
+
+
+# Re-scaled
+
+
+@pytest.fixture(scope="module")
+def pictures(resnet, image_paths):
+    """A ResNet and rows of its attacker."""
+    recipe = small.recipe(image_paths, name="tiny-sophon-image")
+    task, streams = small.opened(recipe, resnet)
+    rows = streams.rows("restricted", "attack")
+    return Scene(resnet, task, rows, streams.rows("retain", "attack"), "cpu", classes=3)
+
+
+def test_rescaling_gives_every_weight_the_norm_of_a_fresh_one_and_keeps_its_direction(pictures):
+    torch.manual_seed(5)
+    fresh = dict(pictures.task.scratch(pictures.folder).named_parameters())
+    before, after = edited("rescaled", pictures, 0.0, seed=5)
+    for name, p in after.items():
+        if name.endswith("bias"):
+            assert torch.equal(p, before[name])
+        else:
+            assert p.norm().item() == pytest.approx(fresh[name].norm().item(), rel=1e-5)
+            assert torch.cosine_similarity(p.flatten(), before[name].flatten(), dim=0).item() == pytest.approx(1)
+
+
+def test_rescaling_undoes_any_scale_that_a_defence_gave_to_a_weight(pictures):
+    plain, scaled = loaded(pictures), loaded(pictures)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(scaled.named_parameters()):
+            p.mul_(1.0 if name.endswith("bias") else 10.0 ** (i % 5 - 2))
+    for model in (plain, scaled):
+        edited("rescaled", pictures, 0.0, model)
+    there = scaled.state_dict()
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(value.double(), there[name].double(), rtol=1e-3, atol=1e-5), name
+
+
+def test_rescaling_keeps_the_function_where_a_normalisation_follows_each_matrix(pictures):
+    batch = pictures.task.collate(pictures.harm[:16]).inputs["pixel_values"]
+    model = loaded(pictures)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.mul_(3.0)
+
+    def features():  # those that the head sees: no normalisation follows the head
+        return model.train().base_model(batch).pooler_output.detach()
+
+    before = features()
+    edited("rescaled", pictures, 0.0, model)
+    assert torch.allclose(features(), before, atol=2e-3)
+    assert before.std() > 0.1
+
+
+def test_after_rescaling_batch_norm_has_the_statistics_of_the_attackers_rows(pictures):
+    pixels = pictures.task.collate(pictures.harm).inputs["pixel_values"]
+    model = loaded(pictures)
+    edited("rescaled", pictures, 0.0, model)
+    with torch.no_grad():
+        known, measured = (model.base_model.train(mode)(pixels).pooler_output for mode in (False, True))
+    assert (known - measured).abs().mean() < 0.1 * measured.std()  # the variances differ by n / (n − 1)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_reader_of_texts_with_a_head_or_without_is_rescaled_as_well(tmp_path, bare):
+    folder = tiny.bert(tmp_path, bare=bare)
+    task = (TextEncoder if bare else SequenceClassification)(folder, template="", max_length=16)
+    rows = [task.encode({"text": f"{x} {y}", "label": i}) for i, x in enumerate("abc") for y in "klm"]
+    family = families.FRESH_RESCALED
+    run = attacked(
+        Scene(folder, task, rows, rows, "cpu", classes=3),
+        Attack(replace(family, steps=2, planned=2), 1e-3, 0, 2, 8),
+        lambda model, step, last: Checkpoint(step=step, scores=tuple(task.score(model, rows, "accuracy"))),
+    )
+    assert sound(run)
 
 
 def test_a_rescaled_model_and_the_one_it_was_made_from_have_one_canonical_form(scene):

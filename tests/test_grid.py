@@ -15,7 +15,7 @@ from torch import nn
 
 from bench import grid, grid_report
 from bench.grid import FULL, QUICK, Cell, Place, Plan, Room
-from bench.grid_attackers import AUTHORS, METHODS, OPTIMIZERS, PREPARATIONS, Attacker, install, rates, rescaled
+from bench.grid_attackers import AUTHORS, METHODS, OPTIMIZERS, PREPARATIONS, Attacker, rates
 from bench.grid_sides import ORIGINAL, SCRATCH, Setting, Side, best_attackers, judged_step, reached, suppression
 from hardener import files, recipe_file
 from hardener.attacks.attack import Attack
@@ -72,7 +72,6 @@ def test_every_optimizer_has_four_rates_over_three_decades() -> None:
 
 
 def test_adam_has_no_decay_and_adamw_has() -> None:
-    install()
     made = {}
     for name in OPTIMIZERS:
         made[name], _ = optimizer(nn.Linear(2, 2), Attacker("fresh-all", name, 1e-3).attack(4, 0))
@@ -132,66 +131,6 @@ def test_from_scratch_is_the_architecture_with_random_weights_and_nothing_of_the
     matrices = [name for name, value in scratch.items() if value.dim() > 1]
     assert not any(torch.equal(scratch[name], parent[name]) for name in matrices)
     assert not any(torch.equal(fresh_network(room, SCRATCH, 8).state_dict()[name], scratch[name]) for name in matrices)
-
-
-# ── re-scaling ────────────────────────────────────────────────────────────────────────────────
-
-
-def network(room: Room) -> nn.Module:
-    return room.bench.task.load(room.place.parent)
-
-
-def prepared(room: Room, model: nn.Module) -> nn.Module:
-    rescaled(model, room.scene(Cell(ORIGINAL, AUTHORS, 0)), 0.0, seed=5)
-    return model
-
-
-def test_rescaling_gives_every_weight_the_norm_of_a_fresh_one_and_keeps_its_direction(room: Room) -> None:
-    torch.manual_seed(5)
-    fresh = dict(room.bench.task.scratch(room.place.parent).named_parameters())
-    before = dict(network(room).named_parameters())
-    for name, p in prepared(room, network(room)).named_parameters():
-        if name.endswith("bias"):
-            assert torch.equal(p, before[name])
-        else:
-            assert p.norm().item() == pytest.approx(fresh[name].norm().item(), rel=1e-5)
-            assert torch.cosine_similarity(p.flatten(), before[name].flatten(), dim=0).item() == pytest.approx(1)
-
-
-def test_rescaling_undoes_any_scale_that_a_defence_gave_to_a_weight(room: Room) -> None:
-    plain, scaled = network(room), network(room)
-    with torch.no_grad():
-        for i, (name, p) in enumerate(scaled.named_parameters()):
-            p.mul_(1.0 if name.endswith("bias") else 10.0 ** (i % 5 - 2))
-    here, there = (prepared(room, model).state_dict() for model in (plain, scaled))
-    for name, value in here.items():
-        assert torch.allclose(value.double(), there[name].double(), rtol=1e-3, atol=1e-5), name
-
-
-def test_rescaling_keeps_the_function_where_a_normalisation_follows_each_matrix(room: Room) -> None:
-    batch = room.bench.task.collate(room.bench.judged.examples[:16]).inputs["pixel_values"]
-    model = network(room).train()
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.weight.mul_(3.0)
-
-    def features() -> torch.Tensor:  # those that the head sees: no normalisation follows the head
-        return model.train().base_model(batch).pooler_output.detach()
-
-    before = features()
-    prepared(room, model)
-    assert torch.allclose(features(), before, atol=2e-3)
-    assert before.std() > 0.1
-
-
-def test_after_rescaling_batch_norm_has_the_statistics_of_the_attackers_rows(room: Room) -> None:
-    rows = room.scene(Cell(ORIGINAL, AUTHORS, 0)).harm
-    pixels = room.bench.task.collate(rows).inputs["pixel_values"]
-    model = prepared(room, network(room)).base_model
-    with torch.no_grad():
-        known, measured = (model.train(mode)(pixels).pooler_output for mode in (False, True))
-    assert (known - measured).abs().mean() < 0.1 * measured.std()  # the variances differ by n / (n − 1)
 
 
 # ── a run ─────────────────────────────────────────────────────────────────────────────────────

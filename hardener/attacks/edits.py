@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.optim.swa_utils import update_bn
 from transformers.pytorch_utils import Conv1D
 
 from hardener.attacks.ablation import ablate
@@ -55,6 +56,26 @@ def healed(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
         torch.autograd.backward(scene.task.loss(logits, labels))
         optimizer.step()
     model.zero_grad(set_to_none=True)
+
+
+def rescaled(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
+    """Give every weight, gains too, the norm that it has in a fresh model, so that no scale a defence chose is left.
+
+    Directions stay. Biases stay as they are, and so does what is zero here or in a fresh model. Batch norm's
+    statistics are measured anew on the attacker's rows. Where a normalisation follows each matrix the function stays
+    as well (in training mode, up to its ε); elsewhere it changes, and training has to mend that.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = dict(scene.task.scratch(scene.folder).named_parameters())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            length, wanted = p.norm(), fresh[name].norm()
+            if length > 0 and wanted > 0 and not name.endswith("bias"):
+                p.mul_(wanted.to(p) / length)
+    device = next(model.parameters()).device
+    batches = (batch.inputs["pixel_values"].to(device) for _, batch in scene.task.batches(scene.harm))
+    update_bn(batches, model)  # reads nothing where there is no batch norm
 
 
 def ablated(model: nn.Module, scene: Scene, dose: float, seed: int) -> None:
@@ -120,6 +141,7 @@ EDITS: dict[str, Callable[[nn.Module, Scene, float, int], None]] = {
     "canonical": canonical,
     "kicked": kicked,
     "healed": healed,
+    "rescaled": rescaled,
     "ablated": ablated,
     "pruned": pruned,
     "rounded": rounded,

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Optimizer = Literal["adamw", "sgd", "adagrad", "adadelta", "relative"]
+Optimizer = Literal["adamw", "adamw-0.01", "sgd", "adagrad", "adadelta", "relative"]
 Scope = Literal["all", "lora", "head"]
 Objective = Literal["answers", "benign-loss", "kl", "dpo"]
-Edit = Literal["canonical", "kicked", "healed", "ablated", "pruned", "rounded", "merged", "delta-removed"]
+Edit = Literal["canonical", "kicked", "healed", "rescaled", "ablated", "pruned", "rounded", "merged", "delta-removed"]
 Kind = Literal["language", "classifier", "encoder", "diffusion"]
 """What is attacked; the kinds differ in what an attacker trains and asks."""
 
@@ -226,6 +226,14 @@ FRESH_HEALED = Family(
     follows="fresh-head",
     head="fresh",
     edit="healed",
+)
+FRESH_RESCALED = Family(
+    "fresh-head-rescaled",
+    "each weight at the norm of a fresh model, then a fresh head",
+    False,
+    follows="fresh-head",
+    head="fresh",
+    edit="rescaled",
 )
 FEW_ROWS_5 = Family(
     "few-rows-5", "fresh head, 5 % of the rows", False, follows="fresh-head", head="fresh", row_share=0.05

@@ -21,12 +21,13 @@ WARM_UP = 0.1
 """Share of the steps of a cosine schedule in which the rate rises."""
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.0),
+    "adamw-0.01": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.01),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     "adagrad": torch.optim.Adagrad,
     "adadelta": torch.optim.Adadelta,
     "relative": RelativeStep,
 }
-"""All without decay, where Adam and AdamW are one."""
+"""All without decay, where Adam and AdamW are one, but for the one that names it."""
 
 
 def optimizer(model: nn.Module, attack: Attack) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
