@@ -19,7 +19,7 @@ from hardener.defenses.ctrap import Ctrap, collapse_token
 from hardener.defenses.low_rank import LowRank, linear_weights
 from hardener.errors import RecipeError
 from hardener.lookahead import NormalisedStep, simulated_attack
-from hardener.losses import SUPPRESSION, collapse, cross_entropy
+from hardener.losses import collapse, cross_entropy
 from hardener.recipe import Lora
 
 PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -618,118 +618,6 @@ def test_a_rollout_that_cannot_be_is_refused_before_anything_is_loaded(paths, se
 )
 def test_the_passes_of_a_rollout_are_counted_at_its_mean_length(settings, passes):
     assert configs.CtrapRolloutConfig(**settings).passes == passes
-
-
-@pytest.fixture
-def sophon(request):
-    """SOPHON with the model's own head on float64 weights: (defense, outer)."""
-
-    def make(bed: str, *more: str):
-        names = {"image": ("resnet", "image_paths"), "text": ("bert", "text_paths"), "lm": ("letters", "paths")}[bed]
-        folder, files = (request.getfixturevalue(name) for name in names)
-        if bed == "lm":
-            files = {role: path for role, path in files.items() if role != "alignment"}
-        name = "tiny-sophon-text" if bed == "lm" else f"tiny-sophon-{bed}"
-        scores = [f"data.{role}.score=exact-match" for role in files] if bed == "lm" else []
-        task = ["task=causal-lm", "probe.rates={}"] if bed == "lm" else []
-        defense, outer = small.defended(small.recipe(files, *task, *scores, *more, name=name), folder)
-        outer.model.double()
-        outer.optimizers = defense.optimizers(outer.params)
-        task_targets = outer.task.targets
-        outer.task.targets = lambda model, batch: task_targets(model, widened(batch))
-        return defense, outer
-
-    return make
-
-
-def widened(batch):
-    from dataclasses import replace
-
-    return replace(batch, inputs={k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()})
-
-
-@pytest.mark.parametrize("loss", ["ice", "klu"])
-@pytest.mark.parametrize("bed", ["image", "text", "lm"])
-def test_sophons_streamed_gradient_is_the_mean_over_the_walk(sophon, bed, loss):
-    """Against K copies of the model, each a step of plain SGD further, and one gradient at each."""
-    steps, rate = 3, 0.05
-    settings = [f"defense.inner_steps={steps}", f"defense.inner_lr={rate}", f"defense.suppression={loss}"]
-    defense, outer = sophon(bed, "defense.head=kept", *settings)
-    place, seen = copy.deepcopy(outer.model), Recorded(outer)
-    defense.step(outer)
-    drawn = [rows for role, rows in seen.drawn if role == "restricted"]
-    total = None
-    for support, query in zip(drawn[::2], drawn[1::2], strict=True):
-        push = gradient(outer.task, place, cross_entropy, support)
-        with torch.no_grad():
-            for p, g in zip(place.parameters(), push, strict=True):
-                p -= rate * g
-        here = gradient(outer.task, place, SUPPRESSION[loss], query)
-        total = here if total is None else [t + h for t, h in zip(total, here, strict=True)]
-    close(seen.gradients["suppress"], [t / steps for t in total], 1e-5)
-
-
-def test_k_simulated_steps_leave_batchnorm_and_randomness_untouched(sophon):
-    defense, outer = sophon("image")
-    before = copy.deepcopy(outer.model.state_dict())
-    torch.manual_seed(5)
-    with defense.head(outer):
-        after_head = torch.get_rng_state()
-        defense.walk(outer, {})
-        assert torch.equal(torch.get_rng_state(), after_head)
-    after = outer.model.state_dict()
-    assert any("running_mean" in key for key in before)
-    assert all(torch.equal(after[key], before[key]) for key in before)
-
-
-@pytest.mark.parametrize("bed", ["image", "text"])
-def test_suppression_with_a_fresh_head_leaves_the_models_own_head_alone(sophon, bed):
-    defense, outer = sophon(bed)
-    outer.optimizers["reinforce"].param_groups[0]["lr"] = 0.0  # reinforcement alone may move it, and here does not
-    names = list(outer.task.head(outer.model))
-    own = {name: outer.model.get_parameter(name) for name in names}
-    before = {name: p.detach().clone() for name, p in own.items()}
-    body = {n: p.detach().clone() for n, p in outer.model.named_parameters() if n not in own}
-    defense.step(outer)
-    assert all(outer.model.get_parameter(name) is own[name] for name in names)
-    assert all(torch.equal(own[name], before[name]) for name in names)
-    assert any(not torch.equal(outer.model.get_parameter(n), p) for n, p in body.items())
-
-
-def test_every_walk_draws_another_head(sophon):
-    defense, outer = sophon("image")
-    heads = []
-    for _ in range(2):
-        with defense.head(outer):
-            heads.append([outer.model.get_parameter(name).detach().clone() for name in outer.task.head(outer.model)])
-    assert not all(torch.equal(a, b) for a, b in zip(*heads, strict=True))
-
-
-def test_reinforcement_is_adam_on_the_cross_entropy_of_the_original_task(sophon):
-    defense, outer = sophon("text", "train.lr=1.0e-2")
-    defense.walk = lambda *_: Nothing()
-    plain, seen = copy.deepcopy(outer.model), Recorded(outer)
-    defense.step(outer)
-    rows = seen.rows("retain")
-    adam = torch.optim.Adam(plain.parameters(), lr=1e-2)
-    logits, labels = outer.task.targets(plain, outer.task.collate(rows))
-    cross_entropy(logits, labels).backward()
-    adam.step()
-    close([p.detach() for p in outer.model.parameters()], [p.detach() for p in plain.parameters()], 1e-6)
-
-
-class Nothing:
-    """A walk from which no gradient came back."""
-
-    def add_kept(self) -> None:
-        pass
-
-
-def test_the_two_optimizers_do_not_share_their_moments(sophon):
-    defense, outer = sophon("text", "defense.suppression_steps=2", "defense.reinforcement_steps=3")
-    defense.step(outer)
-    counts = {name: {int(s["step"]) for s in o.state.values()} for name, o in outer.optimizers.items()}
-    assert counts == {"suppress": {2}, "reinforce": {3}}
 
 
 @pytest.mark.parametrize("defense", configs.CONFIGS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from test_defenses import Recorded, close, gradient, widened
+from test_defenses import Recorded, close, gradient
 from test_loop import Stop, same, train
 
 from hardener import recipe_file
@@ -47,20 +47,114 @@ def chosen(request):
 @pytest.fixture
 def sophon(chosen):
     """SOPHON on float64 weights: (defense, outer)."""
+    return lambda bed, *more: double(chosen(bed, *more))
 
-    def make(bed: str, *more: str):
-        defense, outer = small.defended(*chosen(bed, *more))
-        outer.model.double()
-        outer.optimizers = defense.optimizers(outer.params)
-        targets = outer.task.targets
-        outer.task.targets = lambda model, batch: targets(model, widened(batch))
-        return defense, outer
 
-    return make
+def double(recipe):
+    """A defence on float64 weights: (defense, outer)."""
+    defense, outer = small.defended(*recipe)
+    outer.model.double()
+    if outer.origin is not None:
+        outer.origin.double()
+    outer.optimizers = defense.optimizers(outer.params)
+    targets = outer.task.targets
+    outer.task.targets = lambda model, batch: targets(model, widened(batch))
+    return defense, outer
+
+
+def widened(batch):
+    return replace(batch, inputs={k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()})
 
 
 def state(model) -> dict[str, torch.Tensor]:
     return copy.deepcopy(model.state_dict())
+
+
+# --- what a step is -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["ice", "klu"])
+@pytest.mark.parametrize("bed", ["image", "text", "lm"])
+def test_sophons_streamed_gradient_is_the_mean_over_the_walk(sophon, bed, loss):
+    """Against K copies of the model, each a step of plain SGD further, and one gradient at each."""
+    steps, rate = 3, 0.05
+    settings = [f"defense.inner_steps={steps}", f"defense.inner_lr={rate}", f"defense.suppression={loss}"]
+    defense, outer = sophon(bed, "defense.head=kept", *settings)
+    place, seen = copy.deepcopy(outer.model), Recorded(outer)
+    defense.step(outer)
+    drawn = [rows for role, rows in seen.drawn if role == "restricted"]
+    total = None
+    for support, query in zip(drawn[::2], drawn[1::2], strict=True):
+        push = gradient(outer.task, place, cross_entropy, support)
+        with torch.no_grad():
+            for p, g in zip(place.parameters(), push, strict=True):
+                p -= rate * g
+        here = gradient(outer.task, place, SUPPRESSION[loss], query)
+        total = here if total is None else [t + h for t, h in zip(total, here, strict=True)]
+    close(seen.gradients["suppress"], [t / steps for t in total], 1e-5)
+
+
+def test_k_simulated_steps_leave_batchnorm_and_randomness_untouched(sophon):
+    defense, outer = sophon("image")
+    before = copy.deepcopy(outer.model.state_dict())
+    torch.manual_seed(5)
+    with defense.head(outer):
+        after_head = torch.get_rng_state()
+        defense.walk(outer, {})
+        assert torch.equal(torch.get_rng_state(), after_head)
+    after = outer.model.state_dict()
+    assert any("running_mean" in key for key in before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("bed", ["image", "text"])
+def test_suppression_with_a_fresh_head_leaves_the_models_own_head_alone(sophon, bed):
+    defense, outer = sophon(bed)
+    outer.optimizers["reinforce"].param_groups[0]["lr"] = 0.0  # reinforcement alone may move it, and here does not
+    names = list(outer.task.head(outer.model))
+    own = {name: outer.model.get_parameter(name) for name in names}
+    before = {name: p.detach().clone() for name, p in own.items()}
+    body = {n: p.detach().clone() for n, p in outer.model.named_parameters() if n not in own}
+    defense.step(outer)
+    assert all(outer.model.get_parameter(name) is own[name] for name in names)
+    assert all(torch.equal(own[name], before[name]) for name in names)
+    assert any(not torch.equal(outer.model.get_parameter(n), p) for n, p in body.items())
+
+
+def test_every_walk_draws_another_head(sophon):
+    defense, outer = sophon("image")
+    heads = []
+    for _ in range(2):
+        with defense.head(outer):
+            heads.append([outer.model.get_parameter(name).detach().clone() for name in outer.task.head(outer.model)])
+    assert not all(torch.equal(a, b) for a, b in zip(*heads, strict=True))
+
+
+def test_reinforcement_is_adam_on_the_cross_entropy_of_the_original_task(sophon):
+    defense, outer = sophon("text", "train.lr=1.0e-2")
+    defense.walk = lambda *_: Nothing()
+    plain, seen = copy.deepcopy(outer.model), Recorded(outer)
+    defense.step(outer)
+    rows = seen.rows("retain")
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    logits, labels = outer.task.targets(plain, outer.task.collate(rows))
+    cross_entropy(logits, labels).backward()
+    adam.step()
+    close([p.detach() for p in outer.model.parameters()], [p.detach() for p in plain.parameters()], 1e-6)
+
+
+class Nothing:
+    """A walk from which no gradient came back."""
+
+    def add_kept(self) -> None:
+        pass
+
+
+def test_the_two_optimizers_do_not_share_their_moments(sophon):
+    defense, outer = sophon("text", "defense.suppression_steps=2", "defense.reinforcement_steps=3")
+    defense.step(outer)
+    counts = {name: {int(s["step"]) for s in o.state.values()} for name, o in outer.optimizers.items()}
+    assert counts == {"suppress": {2}, "reinforce": {3}}
 
 
 # --- what it reduces to -------------------------------------------------------------------------------------
@@ -247,7 +341,7 @@ def test_the_share_kept_is_that_of_rows_which_are_never_trained_on(chosen, bed, 
     start, seen = copy.deepcopy(outer.model).eval(), Recorded(outer)
     for outer.number in range(1, 13):
         log = defense.step(outer)
-    held = [row for _, rows in defense.guard.held for row in rows]
+    held = [row for _, rows in defense.floor.held for row in rows]
     assert held
     drawn = {row.key for row in seen.rows("retain")}
     assert not drawn & {row.key for row in held}
@@ -410,18 +504,6 @@ def test_the_gradient_of_a_wide_walk_is_the_mean_over_its_looks(wide, optimizer,
     found = dict(zip(dict(outer.model.named_parameters()), seen.gradients["suppress"], strict=True))
     close([found[name] for name in names], [t / 2 for t in total], 1e-5)
     assert 0 < log["won"] < 1
-
-
-def double(recipe):
-    """A defence on float64 weights: (defense, outer)."""
-    defense, outer = small.defended(*recipe)
-    outer.model.double()
-    if outer.origin is not None:
-        outer.origin.double()
-    outer.optimizers = defense.optimizers(outer.params)
-    targets = outer.task.targets
-    outer.task.targets = lambda model, batch: targets(model, widened(batch))
-    return defense, outer
 
 
 def walk(outer, model, optimizer, batches) -> None:

@@ -14,7 +14,7 @@ A simulated attacker with a fresh head draws it anew before each walk; the gradi
 it is the attacker's. (The authors' code, where both tasks share one layer, applies it to the model's own head.)
 
 Where the recipe has a floor, the original task is looked at every so often; below it the weights go back to the last
-look and training ends (`guard.py`): the steps that are left do nothing.
+look and training ends (`floor.py`): the steps that are left do nothing.
 
 Cost: 2K + 1 forward and backward passes per outer step with l_FTS = l_NTR = 1.
 """
@@ -27,10 +27,10 @@ from typing import ClassVar
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from hardener.defenses.guard import Guard
-from hardener.defenses.sophon_configs import SophonConfig
+from hardener.defenses.floor import Floor
+from hardener.defenses.sophon_configs import SophonConfig, SophonWideConfig
 from hardener.errors import RecipeError
-from hardener.lookahead import Objective, There, simulated_attack
+from hardener.lookahead import Objective, There
 from hardener.loop import Outer
 from hardener.losses import SUPPRESSION
 from hardener.recipe import Role, Train
@@ -40,35 +40,42 @@ STOPPED = "stopped"
 """In memory and log: the outer step after which the weights went back."""
 
 
-class Sophon:
-    """The published setting; see the module docstring for the algorithm."""
+class Alternating:
+    """What is suppressed, and what is kept, each by an Adam of its own, above a floor."""
 
-    Config: ClassVar = SophonConfig
     roles: ClassVar[tuple[Role, ...]] = ("restricted", "retain")
     notes: tuple[str, ...] = ()
+    config: SophonConfig | SophonWideConfig
 
-    def __init__(self, config: SophonConfig, train: Train, task: Task) -> None:
+    def __init__(self, config: SophonConfig | SophonWideConfig, train: Train, task: Task) -> None:
         self.config = config
         self.train = train
         self.task = task
         self.suppression = SUPPRESSION[config.suppression]
-        self.guard = Guard(config)
+        self.floor = Floor(config)
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
         """Two Adams: α suppresses, β reinforces; and the point to go back to, where there is a floor."""
         return {
             "suppress": Adam(params, lr=self.config.alpha_lr),
             "reinforce": Adam(params, lr=self.train.lr, weight_decay=self.train.weight_decay),
-            **self.guard.optimizers(params),
+            **self.floor.optimizers(params),
         }
+
+
+class Sophon(Alternating):
+    """The published setting; see the module docstring for the algorithm."""
+
+    Config: ClassVar = SophonConfig
+    config: SophonConfig
 
     def step(self, outer: Outer) -> dict[str, float]:
         """One outer step; returns mean losses in nats, and once the floor was broken the step at which it was."""
-        self.guard.begin(outer)
+        self.floor.begin(outer)
         if STOPPED in outer.memory:
             return {STOPPED: outer.memory[STOPPED]}
         log = self.trained(outer)
-        if self.guard.fell(outer, log):
+        if self.floor.fell(outer, log):
             outer.memory[STOPPED] = outer.number
         return log
 
@@ -88,7 +95,7 @@ class Sophon:
     def walk(self, outer: Outer, log: dict[str, float]) -> There:
         """K simulated fine-tuning steps with the suppression gradient taken after each; K = 0: at θ itself."""
         k = self.config.inner_steps
-        with simulated_attack(outer.model, self.attacker) as there:
+        with outer.simulated_attack(self.attacker) as there:
             for _ in range(k):
                 support = outer.draw("restricted", self.config.inner_batch)
                 there.step(outer.gradient(self.task.loss, support, log, "attack"))

@@ -32,20 +32,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adadelta, Adam, Optimizer
+from torch.optim import Adadelta, Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from hardener.defenses import population
-from hardener.defenses.guard import Guard
 from hardener.defenses.low_rank import LowRank
 from hardener.defenses.population import Dice, Population
-from hardener.defenses.sophon import fits
+from hardener.defenses.sophon import Alternating, fits
 from hardener.defenses.sophon_configs import SophonWideConfig
 from hardener.errors import DivergedError, RecipeError
-from hardener.lookahead import There, simulated_attack
+from hardener.lookahead import There
 from hardener.loop import Outer
-from hardener.losses import SUPPRESSION, divergence
-from hardener.recipe import Lora, Role, Train
+from hardener.loss import rowwise
+from hardener.losses import divergence
+from hardener.recipe import Lora, Train
 from hardener.tasks.base import Task
 
 LORA = Lora(r=16, alpha=32)
@@ -69,33 +69,20 @@ class Drawn:
     """What a simulated LoRA is drawn from."""
 
 
-class SophonWide:
+class SophonWide(Alternating):
     """See the module docstring for the algorithm."""
 
     Config: ClassVar = SophonWideConfig
-    roles: ClassVar[tuple[Role, ...]] = ("restricted", "retain")
-    notes: tuple[str, ...] = ()
+    config: SophonWideConfig
 
     def __init__(self, config: SophonWideConfig, train: Train, task: Task) -> None:
-        self.config = config
-        self.train = train
-        self.task = task
-        self.suppression = SUPPRESSION[config.suppression]
-        self.guard = Guard(config)
+        super().__init__(config, train, task)
         self.distils = config.distil > 0 and task.kind != "encoder"
         """Asks the loop to keep the parent; the own loss of an encoder's task is its distillation."""
 
-    def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
-        """Two Adams: α suppresses, β reinforces; and the point to go back to, where there is a floor."""
-        return {
-            "suppress": Adam(params, lr=self.config.alpha_lr),
-            "reinforce": Adam(params, lr=self.train.lr, weight_decay=self.train.weight_decay),
-            **self.guard.optimizers(params),
-        }
-
     def step(self, outer: Outer) -> dict[str, float]:
         """One outer step; returns losses in nats, the attacker's rate, K and how well it did, and α once it fell."""
-        self.guard.begin(outer)
+        self.floor.begin(outer)
         attacker = self.draw(outer)
         log: dict[str, float] = {"rate": attacker.rate, "K": attacker.steps}
         log["won"] = self.suppress(outer, attacker, log)
@@ -103,7 +90,7 @@ class SophonWide:
             members.learn(attacker.names[kind], log["won"], outer.memory)
         for _ in range(self.config.reinforcement_steps):
             self.reinforce(outer, log)
-        if self.guard.fell(outer, log):
+        if self.floor.fell(outer, log):
             log["alpha"] = self.halve(outer)
         return log
 
@@ -175,7 +162,7 @@ class SophonWide:
                 self.warm(outer, attacker, stack, log)
             if attacker.names["head"] == "head fresh":
                 stack.enter_context(self.task.fresh_head(outer.model, outer.classes("restricted")))
-            there = stack.enter_context(simulated_attack(outer.model, lambda p: self.optimizer(outer, attacker, p)))
+            there = stack.enter_context(outer.simulated_attack(lambda p: self.optimizer(outer, attacker, p)))
             last: dict[str, float] = {}
             looks = self.looks(attacker.steps)
             for k in range(1, attacker.steps + 1):
@@ -195,7 +182,7 @@ class SophonWide:
     def warm(self, outer: Outer, attacker: Drawn, stack: ExitStack, log: dict[str, float]) -> None:
         """Walk away on the original task first, with the model's own head, until `stack` is left."""
         make = OPTIMIZERS[attacker.optimizer]
-        there = stack.enter_context(simulated_attack(outer.model, lambda params: make(params, attacker.rate)))
+        there = stack.enter_context(outer.simulated_attack(lambda params: make(params, attacker.rate)))
         for _ in range(attacker.warm_up):
             there.step(outer.gradient(self.task.loss, outer.draw("retain", attacker.batch), log, "warm-up"))
 
@@ -212,17 +199,18 @@ class SophonWide:
 
     def reinforce(self, outer: Outer, log: dict[str, float]) -> None:
         """One NTR step: the ordinary loss, and what the parent says of the same rows."""
-        rows, kappa = outer.draw("retain", self.train.batch_size), self.config.distil
+        rows = outer.draw("retain", self.train.batch_size)
         if outer.origin is None:
             outer.gradient(self.task.loss, rows, log, "retain")()
         else:
-            told = outer.told(outer.origin, rows)
-
-            def both(logits: Tensor, labels: Tensor) -> Tensor:
-                return self.task.loss(logits, labels) + kappa * divergence(next(told), logits, 1.0)
-
-            outer.gradient(both, rows, log, "retain", {"retain alone": self.task.loss})()
+            alone = {"retain alone": self.task.loss}
+            outer.gradient(self.distilled, rows, log, "retain", alone, teachers=[outer.origin])()
         outer.step("reinforce", clip=self.train.clip)
+
+    @rowwise
+    def distilled(self, logits: Tensor, labels: Tensor, told: Tensor) -> Tensor:
+        """The loss of the original task, and κ times the divergence from the parent."""
+        return self.task.loss(logits, labels) + self.config.distil * divergence(told, logits, 1.0)
 
 
 class Adapter(LowRank):

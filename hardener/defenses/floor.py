@@ -65,7 +65,7 @@ class Kept(Optimizer):
             buffer.copy_(full(self.state[self.param_groups[0]["params"][0]][f"buffer {name}"]))
 
 
-class Guard:
+class Floor:
     """Looks at the floor for one defence; without a floor it does nothing."""
 
     def __init__(self, config: Guarded) -> None:
