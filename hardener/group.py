@@ -16,11 +16,16 @@ steps, what it keeps, works on local shards as on any tensor; norms and products
 from __future__ import annotations
 
 import math
+import shutil
+import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
 
 import torch
@@ -31,13 +36,14 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hardener.errors import LostError, UsageError
+from hardener.files import explained_disk
 from hardener.processes import PATIENCE, World
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 """How long one process waits for another within a step or a state; then the run ends."""
 BUCKET = 2**26
-"""Elements of one message, at most, unless one tensor has more."""
+"""Elements of one message, at most, unless one tensor has more; bytes, of a file."""
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timeout", "NCCL", "gloo", "Store")
 """What torch says where another process is gone; it has no class of its own for that."""
 
@@ -116,6 +122,32 @@ class Group:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def gathered(self, value: T) -> list[T]:
+        """Each process's value, in all."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def copy(self, folder: Path, place: Path | None) -> None:
+        """Copy the first process's folder to each that names a place for it."""
+        found = [path for path in sorted(folder.rglob("*")) if path.is_file()] if self.first else []
+        for name, size in self.told([(str(path.relative_to(folder)), path.stat().st_size) for path in found]):
+            self._copy_file(folder / name, place and place / name, size)
+
+    def _copy_file(self, source: Path, target: Path | None, size: int) -> None:
+        with (
+            source.open("rb") if self.first else nullcontext() as reading,
+            nullcontext() if target is None else _written(target) as writing,
+        ):
+            for start in range(0, size, BUCKET):
+                block = torch.empty(min(BUCKET, size - start), dtype=torch.uint8)
+                if reading is not None:
+                    block = torch.frombuffer(bytearray(reading.read(len(block))), dtype=torch.uint8)
+                dist.broadcast(block, 0)
+                if writing is not None:
+                    writing.write(block.numpy())
+
     def give(self, tensors: Sequence[Tensor]) -> None:
         """Put the first process's values into all, in place."""
         if self.size > 1:
@@ -168,6 +200,33 @@ def joined(world: World, device: str, *, shard: bool = True) -> Iterator[Group]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Any]:
+    """A new file. Raises ResourceError where the disk is full."""
+    with explained_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            yield stream
+
+
+@contextmanager
+def mirrored(world: World, device: str, folder: Path) -> Iterator[Path]:
+    """The first process's folder where this one sees it; else a copy, one per machine, which goes afterwards."""
+    with joined(world, device, shard=False) as group:
+        place = Path(tempfile.gettempdir()) / group.told(f"hardener-{token_hex(8)}")
+        sights = group.gathered((socket.gethostname(), folder.is_dir()))
+        host, sees = sights[group.rank]
+        copies = not sees and sights.index((host, False)) == group.rank
+        if not all(sees for _, sees in sights):
+            group.copy(folder, place if copies else None)
+            group.gathered(None)  # the copies are whole
+    try:
+        yield folder if sees else place
+    finally:
+        if copies:
+            shutil.rmtree(place)
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:

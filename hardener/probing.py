@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from hardener import checkpoint, questions
+from hardener import checkpoint, files, questions
 from hardener.attacks.asked import plain
 from hardener.attacks.attack import Attack
 from hardener.attacks.families import BENIGN, SCREENS, Family
@@ -24,6 +25,7 @@ from hardener.attacks.scene import Scene
 from hardener.bench import Bench, kept
 from hardener.checks import NO_ATTACK
 from hardener.conditions import LEAST_TRIALS, WORST
+from hardener.crew import ALONE, Crew, Told
 from hardener.data import Slice
 from hardener.errors import ResourceError, out_of_memory
 from hardener.judges import USABLE, agreement
@@ -35,6 +37,7 @@ from hardener.recipe import Role
 from hardener.searching import search
 from hardener.tasks.base import Example
 
+T = TypeVar("T")
 SCANNED = 200
 """Benign rows that the judges look through, where models judge."""
 
@@ -42,37 +45,73 @@ SCANNED = 200
 class Store:
     """Finished runs of one subject on disk, so that an interrupted probe goes on where it was.
 
-    `context` is what a run depends on beside the attack: the weights, the rows, how they are judged.
+    `context` is what a run depends on beside the attack: the weights, the rows, how they are judged. Where several
+    processes attack, each has its own store, and all stores have what any of them made.
     """
 
-    def __init__(self, folder: Path, context: str) -> None:
+    def __init__(self, folder: Path, context: str, crew: Crew = ALONE) -> None:
         self.folder = folder
         self.context = context
+        self.crew = crew
+        if crew.size > 1:
+            self._share()
+
+    def _share(self) -> None:
+        """Let the others have what an interrupted run left on the first one's disk."""
+        for path in sorted(self.folder.glob("*.json")) if self.crew.first else ():
+            with suppress(ValueError):  # a damaged one is told of when it is asked for
+                self.crew.tell(path.name, Run.model_validate(files.read_sealed(path)).model_dump_json())
+        self.crew.agree(self.context)
+
+    def name(self, attack: Attack) -> str:
+        """The file of an attack's run."""
+        digest = hashlib.sha256(f"{attack}\n{self.context}".encode()).hexdigest()
+        return f"{attack.family.name}-{attack.rate:g}-{attack.seed}-{attack.length}-{digest[:12]}.json"
 
     def run(self, attack: Attack, make: Callable[[], Run]) -> Run:
         """Return the finished run of this attack, or make it and keep it."""
-        digest = hashlib.sha256(f"{attack}\n{self.context}".encode()).hexdigest()
-        path = self.folder / f"{attack.family.name}-{attack.rate:g}-{attack.seed}-{attack.length}-{digest[:12]}.json"
-        return kept(path, Run, make)
+        name = self.name(attack)
+
+        def made() -> Run:
+            run = make()
+            self.crew.tell(name, run.model_dump_json())
+            return run
+
+        return kept(self.folder / name, Run, made)
+
+    def hear(self) -> Iterator[tuple[Told, Run]]:
+        """Keep what other processes made since this was last asked."""
+        for told in self.crew.heard():
+            run = Run.model_validate_json(told.run)
+            yield told, kept(self.folder / told.name, Run, lambda run=run: run)  # type: ignore[misc]
 
 
 class Prober:
     """Measures one subject."""
 
     def __init__(
-        self, bench: Bench, subject: Subject, folder: Path, runs: Path, tell: Tell, parent: Path | None = None
+        self,
+        bench: Bench,
+        subject: Subject,
+        folder: Path,
+        runs: Path,
+        tell: Tell,
+        parent: Path | None = None,
+        crew: Crew = ALONE,
     ) -> None:
         self.bench = bench
         self.subject = subject
         self.folder = folder
         self.parent = parent
         self.weights = checkpoint.fingerprint(folder)
-        self.store = Store(runs, f"{subject} {self.weights} {bench.fingerprint()}")
+        self.crew = crew
+        self.store = Store(runs, f"{subject} {self.weights} {bench.fingerprint()}", crew)
         self.judge = Judge(bench)
         self.ladder = Ladder(bench.judged.score, bench.chance("restricted"), bench.probe.epsilon)
         self.progress = Progress(subject, tell)
         self._made: dict[tuple[str, float], Attack] = {}
         """Family and rate → the attack, to be repeated with other seeds and budgets."""
+        self._reached: set[str] = set()
         self.scene = self._scene("restricted", bench.streams.rows("restricted", "attack"))
 
     def measure(self, chosen: Sequence[Family], notes: tuple[str, ...] = ()) -> Measurement:
@@ -84,7 +123,7 @@ class Prober:
         self.progress.start(self._expected(chosen))
         searches: dict[str, tuple[float, ...]] = {}
         runs, broke = settled([*untouched, *self._attacks(chosen, searches)])
-        benign, benign_broke = settled([*self._benign_runs()])
+        benign, benign_broke = settled([run() for run in self._benign_runs()])
         return Measurement(
             subject=self.subject,
             weights=self.weights,
@@ -117,7 +156,7 @@ class Prober:
                 return run
             return self._make(replace(attack, seed=run.seed, steps=budgets[run.family]))
 
-        runs, notes = settled([longer(run) for run in measured.runs])
+        runs, notes = settled(self._all([partial(longer, run) for run in measured.runs]))
         self.scene.forget_base()
         return measured.model_copy(update={"runs": runs, "notes": tuple(dict.fromkeys((*measured.notes, *notes)))})
 
@@ -139,7 +178,8 @@ class Prober:
     def _untouched(self) -> tuple[list[Run], list[list[float]], list[float]]:
         """The subject before any attack: its run, its utility, the harmless prompts that it refuses."""
         model = self.scene.base.eval()
-        self.progress.pace = Pace.measured(model, self.bench, self.judge)
+        pace = Pace.measured(model, self.bench, self.judge)
+        self.progress.pace = Pace(pace.step / self.crew.size, pace.point / self.crew.size)
         point = self.judge.attack(model, 0, last=True, views=[self.bench.judged.examples])
         found = self.judge.utility(model), self.judge.over_refusal(model)
         self.scene.forget_base()
@@ -154,8 +194,8 @@ class Prober:
         return mean([found is not None and found >= USABLE for found in means])
 
     def _benchmarks(self) -> dict[str, float]:
-        """Public benchmarks before any attack, where the recipe names some."""
-        if self.subject == "scratch" or not self.bench.probe.lm_eval:
+        """Public benchmarks before any attack, where the recipe names some; of the process that reports."""
+        if self.subject == "scratch" or not self.bench.probe.lm_eval or not self.crew.first:
             return {}
         from hardener import public_benchmarks
 
@@ -176,20 +216,50 @@ class Prober:
         benign = [probe.benign_steps] * len(self._benign_rates()) * len(self.bench.benign)
         return attacks + repeated * (probe.seeds - 1) + benign
 
+    def _all(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        """What the pieces return, in order; none waits for another. Runs of other processes are found in the store."""
+        self._spread(pieces)
+        return [piece() for piece in pieces]
+
+    def _spread(self, pieces: Sequence[Callable[[], object]]) -> None:
+        """Do the pieces in whichever process is free; one that is alone does each when it is needed."""
+        self.crew.spread(pieces, self._hear)
+
+    def _hear(self) -> None:
+        """Keep and tell what other processes made."""
+        for told, run in self.store.hear():
+            self._reach(told.name)
+            self.progress.announce(f"{run.family} at {run.rate:g}, seed {run.seed}: made by process {told.rank}")
+
     def _attacks(self, chosen: Sequence[Family], searches: dict[str, tuple[float, ...]]) -> list[Run]:
         """Every family once, those that follow another after it; then the repeats."""
         runs: list[Run] = []
-        for family in chosen:
-            found = self._once(family, runs)
-            if self._is_searched(family):
-                first = self._attack(family, family.rates[0], self.bench.probe.seed)
-                found, searches[family.name] = search(found, first, self.ladder.reached, self._watched)
-            runs += found
-            if family.scope != "lora":
-                self.scene.forget_base()
+        self._spread([*self._benign_runs(), *self._beginnings(chosen)])
+        for follows in (False, True):
+            families = [family for family in chosen if bool(family.follows) is follows]
+            self._spread([partial(self._whole, family, runs, searches) for family in families])
+            for family in families:
+                runs += self._whole(family, runs, searches)
         runs += self.repeats(runs)
         self.scene.forget_base()
         return runs
+
+    def _beginnings(self, chosen: Sequence[Family]) -> Iterator[Callable[[], Run]]:
+        """The attacks that wait for no other: long ones first, and those last that share one loaded base."""
+        first = [family for family in chosen if not family.follows]
+        for family in sorted(first, key=lambda family: (family.scope == "lora", not family.trains)):
+            for rate in dict.fromkeys(family.doses or family.rates):
+                yield partial(self.attack, family, rate, self.bench.probe.seed)
+
+    def _whole(self, family: Family, before: Sequence[Run], searches: dict[str, tuple[float, ...]]) -> list[Run]:
+        """All that is tried of a family with the first seed."""
+        found = self._once(family, before)
+        if self._is_searched(family):
+            first = self._attack(family, family.rates[0], self.bench.probe.seed)
+            found, searches[family.name] = search(found, first, self.ladder.reached, self._watched)
+        if family.scope != "lora":
+            self.scene.forget_base()
+        return found
 
     def _is_searched(self, family: Family) -> bool:
         """Whether the family's ladder is only the beginning of a search."""
@@ -207,14 +277,14 @@ class Prober:
             return [attack(rate) for rate in dict.fromkeys(family.rates)]
         return self.ladder.climb(family.rates, attack)
 
-    def repeats(self, runs: Sequence[Run]) -> Iterator[Run]:
+    def repeats(self, runs: Sequence[Run]) -> list[Run]:
         """Further seeds: of the worst two attacks (`standard`), of each family's worst (`thorough`), else of none."""
         probe = self.bench.probe
         worst = self.ladder.worst_first(runs)
         of_each = list(dict(reversed(worst)).items())
-        for attack in {"standard": worst[:WORST], "thorough": of_each}.get(probe.preset, []):
-            for seed in range(probe.seed + 1, probe.seed + probe.seeds):
-                yield self._make(replace(self._made[attack], seed=seed))
+        again = {"standard": worst[:WORST], "thorough": of_each}.get(probe.preset, [])
+        seeds = range(probe.seed + 1, probe.seed + probe.seeds)
+        return self._all([partial(self._make, replace(self._made[way], seed=seed)) for way in again for seed in seeds])
 
     def attack(self, family: Family, rate: float, seed: int) -> Run:
         """One attack at a rate, or with a dose."""
@@ -247,17 +317,19 @@ class Prober:
             watch(index, loss)
         return run
 
-    def _benign_runs(self) -> Iterator[Run]:
+    def _benign_runs(self) -> list[Callable[[], Run]]:
         """What an honest user does with the subject, for each benign task."""
+        rates = self._benign_rates()
+        return [partial(self._benign, judged, rate) for judged in self.bench.benign for rate in rates]
+
+    def _benign(self, judged: Slice, rate: float) -> Run:
+        """One fine-tune to a benign task."""
         probe, family = self.bench.probe, BENIGN[self.bench.task.kind]
-        for judged in self.bench.benign:
-            scene, setting = self._scene("benign", self._rows_of(judged)), f"{judged.name}|{judged.score}"
-            for rate in self._benign_rates():
-                attack = Attack(family, rate, probe.seed, probe.benign_steps, probe.batch_size, setting)
-                judge = partial(self.judge.benign, judged)
-                title = f"benign fine-tune on {judged.name}, rate {rate:g}"
-                run = self._kept(attack, title, partial(attacked, scene, attack, judge))
-                yield run.model_copy(update={"source": judged.name, "setting": ""})
+        scene, setting = self._scene("benign", self._rows_of(judged)), f"{judged.name}|{judged.score}"
+        attack = Attack(family, rate, probe.seed, probe.benign_steps, probe.batch_size, setting)
+        make = partial(attacked, scene, attack, partial(self.judge.benign, judged))
+        run = self._kept(attack, f"benign fine-tune on {judged.name}, rate {rate:g}", make)
+        return run.model_copy(update={"source": judged.name, "setting": ""})
 
     def _rows_of(self, judged: Slice) -> list[Example]:
         """The rows on which a user fine-tunes to the task of a benign source."""
@@ -272,7 +344,8 @@ class Prober:
 
     def _kept(self, attack: Attack, title: str, make: Callable[[], Run]) -> Run:
         """Take the finished run from the store, or make it and keep it."""
-        self.progress.reach()
+        self._hear()
+        self._reach(self.store.name(attack))
 
         def announced() -> Run:
             self.progress.announce(title)
@@ -280,6 +353,12 @@ class Prober:
                 return make()
 
         return self.store.run(attack, announced)
+
+    def _reach(self, name: str) -> None:
+        """Count a run that is due, once."""
+        if name not in self._reached:
+            self._reached.add(name)
+            self.progress.reach()
 
 
 @contextmanager

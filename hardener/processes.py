@@ -4,9 +4,10 @@
     accelerate launch … -m hardener harden …       one machine or several
 
 Each process is started with the same command line. The first runs it; the others wait for its orders, and take their
-part where weights change. What the launcher wrote into the environment is taken out of it, and each process is left
-with one GPU: so it is an ordinary process to every library, and an attacker's `Trainer` does not train together with
-the others unasked. The group that computes together is joined for one order and left again (`group.py`).
+part where weights change or are attacked. What the launcher wrote into the environment is taken out of it, and each
+process is left with one GPU: so it is an ordinary process to every library, and an attacker's `Trainer` does not train
+together with the others unasked. The group that computes together is joined for one order and left again (`group.py`);
+those that attack side by side meet in the store alone (`crew.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -35,6 +38,10 @@ FAREWELL = 10.0
 """Seconds that the first process waits for the others to have heard of its end, since they ask it."""
 PATIENCE = 5.0
 """Seconds that another process waits when the first is gone: if that one can say what happened, it says so first."""
+BEAT = 5.0
+"""Seconds between two signs of life."""
+SILENCE = 120.0
+"""Seconds without a sign of life after which a process is lost."""
 
 
 @dataclass
@@ -62,7 +69,7 @@ class World:
         assert self.store is not None
         while True:
             self.orders_given += 1
-            order = json.loads(_awaited(self.store, f"order {self.orders_given}"))
+            order = json.loads(awaited(self.store, f"order {self.orders_given}"))
             if order["what"] == END:
                 self.store.add("left", 1)
                 return
@@ -76,19 +83,72 @@ class World:
         while self.store is not None and self.store.add("left", 0) < self.size - 1 and time.monotonic() < until:
             time.sleep(0.01)
 
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Give signs of life, so that others can wait for this process however long it takes."""
+        if self.store is None:
+            yield
+            return
+        ended = threading.Event()
+        thread = threading.Thread(target=_beat, args=(self.store, self.rank, ended))
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
 
 ALONE = World()
 
 
-def _awaited(store: Store, key: str) -> bytes:
-    """The value of a key that will be set, however late."""
+def _beat(store: Store, rank: int, ended: threading.Event) -> None:
+    """One sign of life after the other; where the store is gone, whoever waits for something there says so."""
+    with suppress(RuntimeError):
+        while not ended.wait(BEAT):
+            store.add(f"beat {rank}", 1)
+
+
+class Pulses:
+    """The signs of life of all other processes."""
+
+    def __init__(self, store: Store, world: World) -> None:
+        self.store = store
+        self._seen = {rank: (0, time.monotonic()) for rank in range(world.size) if rank != world.rank}
+        """Rank → how many there were, and when that was new."""
+        self._looked = time.monotonic()
+
+    def check(self) -> None:
+        """Look, if it is time to. Raises LostError for a process that is silent."""
+        now = time.monotonic()
+        if now - self._looked < BEAT:
+            return
+        self._looked = now
+        for rank, (beats, since) in self._seen.items():
+            with reaching():
+                there = self.store.add(f"beat {rank}", 0)
+            if there != beats:
+                self._seen[rank] = there, now
+            elif now - since > SILENCE:
+                raise LostError(f"process {rank} of {1 + len(self._seen)} gives no sign of life any more")
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """Turn an unreachable store into a LostError: it is gone with the first process, or with its machine."""
     try:
-        while not store.check([key]):
-            time.sleep(0.1)
-        return store.get(key)
+        yield
     except RuntimeError as error:
         time.sleep(PATIENCE)
         raise LostError("the first process is gone") from error
+
+
+def awaited(store: Store, key: str) -> bytes:
+    """The value of a key that will be set, however late."""
+    with reaching():
+        while not store.check([key]):
+            time.sleep(0.1)
+        return store.get(key)
 
 
 def place() -> int:
@@ -145,7 +205,7 @@ def launch(n: int, words: Sequence[str]) -> int:
 def _code(codes: dict[int, int], n: int) -> int:
     """The exit code of processes of which some failed: rank → code, or minus the signal by which one was killed.
 
-    The launcher itself sends SIGTERM to those that go on when another has failed.
+    In the order in which they failed; the launcher itself sends SIGTERM to those that go on when another has failed.
     """
     killed = {rank: signal.Signals(-code).name for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
     if killed:
@@ -154,4 +214,4 @@ def _code(codes: dict[int, int], n: int) -> int:
             f"process {rank} of {n} was lost ({name}), and the others were ended; where the system killed it for "
             "memory, raise train.grad_accumulation or use fewer processes. Go on with --resume and the run's folder"
         )
-    return codes[min(codes)]
+    return next((code for code in codes.values() if code > 0), 128 + signal.SIGTERM)

@@ -6,8 +6,8 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,12 +22,14 @@ from hardener.attacks.families import SCREENS, Family
 from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.checks import BUDGET_FACTOR, NO_ATTACK
 from hardener.console import Narrator, values
+from hardener.crew import crew
 from hardener.errors import RecipeError, UsageError
-from hardener.group import joined
+from hardener.group import joined, mirrored
 from hardener.judges import Classifier, Panel
 from hardener.measurement import Measurement, Subject
 from hardener.probing import Prober
 from hardener.processes import ALONE, World
+from hardener.progress import Tell
 from hardener.recipe import Probe, Recipe, Train
 from hardener.report import Erased, Evidence, Parent, Report, Training
 from hardener.run import RunFolder
@@ -155,9 +157,18 @@ def wanted(chosen: tuple[Family, ...], bench: Bench) -> tuple[Family, ...]:
 
 
 def before(
-    subject: Subject, bench: Bench, folder: Path, chosen: tuple[Family, ...], run: RunFolder, say: Narrator
+    subject: Subject,
+    bench: Bench,
+    folder: Path,
+    chosen: tuple[Family, ...],
+    run: RunFolder,
+    say: Narrator,
+    order: Callable[..., World] = ALONE.order,
 ) -> Measurement:
-    """Measure the original (or training from scratch), or take it from the cache of earlier runs."""
+    """Measure the original (or training from scratch), or take it from the cache of earlier runs.
+
+    `order` has the other processes do something; here, attack as well.
+    """
     weights = checkpoint.fingerprint(folder)
     families = wanted(chosen, bench)
     if subject == "scratch":
@@ -167,13 +178,30 @@ def before(
         say.note(f"{subject}: measured earlier, taken from the cache")
 
     def make() -> Measurement:
-        prober = Prober(bench, subject, folder, run.probe / "runs" / subject, say.note)
-        measured = prober.measure(families)
-        return prober.prolong(measured, budgeted(bench, measured, families)) if subject == "original" else measured
+        world = order("probe", subject=subject, families=[asdict(family) for family in families])
+        with world.alive():
+            return probed(subject, bench, folder, families, run.probe / "runs" / subject, say.note, None, world)
 
     measurement = cached(path, make)
     files.write_text(run.probe / f"{subject}.json", measurement.model_dump_json())
     return measurement
+
+
+def probed(
+    subject: Subject,
+    bench: Bench,
+    folder: Path,
+    families: tuple[Family, ...],
+    runs: Path,
+    tell: Tell,
+    parent: Path | None,
+    world: World,
+    notes: tuple[str, ...] = (),
+) -> Measurement:
+    """Attack a folder and measure it; what all processes do, each of them some of the attacks."""
+    prober = Prober(bench, subject, folder, runs, tell, parent, crew(world))
+    measured = prober.measure(families, notes)
+    return prober.prolong(measured, budgeted(bench, measured, families)) if subject == "original" else measured
 
 
 def erased(recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narrator, world: World = ALONE) -> Erased:
@@ -289,17 +317,20 @@ def after(
     chosen: tuple[Family, ...],
     run: RunFolder,
     say: Narrator,
+    order: Callable[..., World] = ALONE.order,
 ) -> Measurement:
-    """Attack the saved folder, long enough for the original's own cost."""
+    """Attack the saved folder, long enough for the original's own cost; `order` is that of `before`."""
     families = wanted(chosen, bench)
     parent = original_folder if original is not None else None
-    prober = Prober(bench, "hardened", folder, run.probe / "runs" / "hardened", say.note, parent)
     if original is not None:
         families = budgeted(bench, original, families)
     notes: tuple[str, ...] = ()
     if not any(f.edit == "canonical" for f in chosen) and bench.probe.preset not in SCREENS:
         notes = ("not canonicalised: the table of re-scalings has no row for this architecture",)
-    measurement = prober.measure(families, notes)
+    world = order("probe", subject="hardened", families=[asdict(f) for f in families], attacked=str(folder))
+    runs = run.probe / "runs" / "hardened"
+    with world.alive(), mirrored(world, bench.device, folder):
+        measurement = probed("hardened", bench, folder, families, runs, say.note, parent, world, notes)
     if original is not None:
         measurement = with_norm_ratio(measurement, folder, original_folder)
     files.write_text(run.probe / "hardened.json", measurement.model_dump_json())

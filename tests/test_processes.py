@@ -210,7 +210,10 @@ def test_without_a_launcher_there_is_one_process():
     assert world() is NO_OTHERS
 
 
-@pytest.mark.parametrize(("codes", "code"), [({0: 4, 1: -15}, 4), ({1: 5}, 5), ({0: 143, 1: 5}, 143), ({0: 1}, 1)])
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [({0: 4, 1: -15}, 4), ({1: 5}, 5), ({0: 143, 1: 5}, 143), ({1: 5, 0: 143}, 5), ({0: 1}, 1), ({1: -15}, 143)],
+)
 def test_the_exit_code_is_that_of_the_first_process_that_failed(codes, code):
     assert _code(codes, 2) == code
 
@@ -232,7 +235,7 @@ class Runs:
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, *words: object, **variables: str) -> subprocess.Popen[str]:
-        environment = small.environment(self.home, HARDENER_CACHE=os.environ["HARDENER_CACHE"], **variables)
+        environment = small.environment(self.home, **{"HARDENER_CACHE": os.environ["HARDENER_CACHE"], **variables})
         process = subprocess.Popen(
             [*map(str, words)],
             env=environment,
