@@ -67,6 +67,8 @@ def request(
     device: str = "auto",
     from_report: str | None = None,
     push_anyway: bool = False,
+    num_processes: int = 1,
+    shard: bool = False,
     output: str | Path | None = None,
     resume: str | Path | None = None,
     sign: str | None = None,
@@ -74,9 +76,10 @@ def request(
 ) -> dict[str, Any]:
     """What `HfApi.run_job` will be asked for, as JSON; of secrets the names alone. Nothing is sent.
 
-    Arguments are those of `pipeline.harden`, with the Hub's `flavor` of machine and `timeout`, a number with s, m, h or
-    d. Raises RecipeError for what is wrong with the recipe, and UsageError for what cannot go with a Job: a model,
-    recipe data or judge on this machine, a run folder, a key, or a hardening that is pushed nowhere.
+    Arguments are those of `pipeline.harden`, with the number of processes over there, the Hub's `flavor` of machine and
+    `timeout`, a number with s, m, h or d. Raises RecipeError for what is wrong with the recipe, and UsageError for what
+    cannot go with a Job: a model, recipe data or judge on this machine, a run folder, a key, or a hardening that is
+    pushed nowhere.
     """
     here = {"--output": output, "--resume": resume, "--sign": sign, "--card-template": card_template}
     if stays := [option for option, value in here.items() if value is not None]:
@@ -98,8 +101,9 @@ def request(
             "--push-to": push_to,
         },
         **{"--branch": branch, "--tag": tag, "--device": None if device == "auto" else device},
+        **{"--num-processes": str(num_processes) if num_processes > 1 else None},
     }
-    switches = {"--private": private, "--create-pr": create_pr, "--push-anyway": push_anyway}
+    switches = {"--private": private, "--create-pr": create_pr, "--push-anyway": push_anyway, "--shard": shard}
     words = [*_given(options, switches), *(f"--set={_checked(one)}" for one in overrides if text is None), "--yes"]
     return {
         "image": IMAGE,

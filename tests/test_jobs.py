@@ -168,6 +168,15 @@ def test_its_words_are_taken_by_the_real_command_line(asked: dict[str, Any], mon
     assert (seen["model"], seen["recipe"], seen["push_to"]) == ("org/model", "recipe.yaml", "org/x")
 
 
+def test_several_processes_compute_over_there_where_they_were_asked_for(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    many = jobs.request("org/model", recipe="ctrap", num_processes=8, shard=True, **ASKED)["command"]
+    assert [word for word in many if word not in asked["command"]] == ["--num-processes=8", "--shard"]
+    assert many[-2:] == ["--", "org/model"]
+
+
 def test_every_argument_of_a_hardening_is_known_to_a_job() -> None:
     import inspect
 
