@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 from bench.beds import letters, llama
 from bench.beds.llama import Bed, Stage
-from bench.laboratory import LOCATED, Erasing
+from bench.laboratory import ANEW, LOCATED, Erasing
 from hardener import data, erase, recipe_file, registry, sources, tables
 from hardener.recipe import Recipe
 from hardener.tasks.base import Task
@@ -51,6 +51,10 @@ WAYS: dict[str, Erasing] = {
     "self_attn, α 1": somewhere("self_attn"),
     "located, α 1": Erasing(LOCATED),
     "located, α 1, 5%": Erasing(LOCATED, 0.05),
+    "all, α 1, Muon": replace(ANEW, how="alpha: 1.0, optimizer: muon"),
+    "anew": replace(ANEW, how="alpha: 1.0, modules: ['*']", lr=2.0e-3),
+    "anew, Muon": ANEW,
+    "anew, Muon, 5%": replace(ANEW, share=0.05),
 }
 """Way → what is erased; a tenth of the parent's tokens where nothing else is said."""
 

@@ -50,17 +50,19 @@ class Erasing:
     share: float = 0.095
     """Tokens distilled, over those that the parent was trained on; under a tenth, as locating takes rows too."""
     batch: int = 16
+    lr: float = 2.0e-3
 
     def override(self, facts: dict[str, float]) -> str:
         """The section of the recipe, on a bed of which these are the facts."""
         steps = int(self.share * facts["parent_tokens"] / (self.batch * facts["row_tokens"]))
-        plan = f"steps: {steps}, batch_size: {self.batch}, lr: 2.0e-3, schedule: linear, alignment_share: 0.1"
+        plan = f"steps: {steps}, batch_size: {self.batch}, lr: {self.lr}, schedule: linear, alignment_share: 0.1"
         return f"erase={{{self.how}, {plan}, save_every: 100, parent_tokens: {facts['parent_tokens']}}}"
 
 
 EVERYWHERE = Erasing("alpha: 0.95")
 LONGER = Erasing("alpha: 0.95", share=0.356, batch=64)
 THERE = Erasing(LOCATED)
+ANEW = Erasing("alpha: 1.0, modules: ['*'], optimizer: muon", lr=4.0e-3)
 ARMS: dict[str, tuple[str | Erasing, ...]] = {
     "sft": ("defense.lam=0.0",),
     "random": ("defense.direction=random",),
@@ -72,10 +74,12 @@ ARMS: dict[str, tuple[str | Erasing, ...]] = {
     "erase-0.95": (EVERYWHERE, *UNDEFENDED),
     "erase-0.95-third": (LONGER, *UNDEFENDED),
     "erase-located": (THERE, *UNDEFENDED),
+    "erase-anew": (ANEW, *UNDEFENDED),
     "erase-0.95+ctrap-rollout": (EVERYWHERE, ROLLOUT),
     "erase-0.95+ctrap-adaptive": (EVERYWHERE, ADAPTIVE),
     "erase-0.95-third+ctrap-adaptive": (LONGER, ADAPTIVE),
     "erase-located+ctrap-adaptive": (THERE, ADAPTIVE),
+    "erase-anew+ctrap-adaptive": (ANEW, ADAPTIVE),
 }
 """Arm → what it overrides in the bed's recipe. Two controls have the same rows, steps and rate: `sft` without a trap,
 `random` with a trap along a random direction of the same length."""

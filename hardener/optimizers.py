@@ -11,7 +11,8 @@ The last two are bitsandbytes'. Sharded weights are trained by AdamW alone: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -27,15 +28,39 @@ PACKAGED = ("adamw-8bit", "adamw-paged")
 """Those that need bitsandbytes."""
 
 
+WHOLE, BLOCK = 4096, 256
+"""bitsandbytes: tensors of more weights are in bytes, blocks of so many with a scale of their own."""
+
+
 def made(train: Train, params: list[nn.Parameter]) -> Optimizer:
     """The optimizer that `train` names, at its rate and weight decay.
 
     Raises UsageError where its package is missing, or where weights are sharded and it knows no shards.
     """
     installed("train.optimizer", train.optimizer)
-    if train.optimizer != "adamw" and any(hasattr(p, "full_tensor") for p in params):
-        raise UsageError(f"train.optimizer: sharded weights are trained by adamw, not by {train.optimizer}")
+    if train.optimizer != "adamw":
+        whole(train.optimizer, params)
     return MAKE[train.optimizer](params, lr=train.lr, weight_decay=train.weight_decay)
+
+
+def whole(name: str, params: list[nn.Parameter]) -> None:
+    """Raise UsageError where weights are sharded: the optimizer `name` knows no shards."""
+    if any(hasattr(p, "full_tensor") for p in params):
+        raise UsageError(f"train.optimizer: sharded weights are trained by adamw, not by {name}")
+
+
+def kept(name: str, shapes: Sequence[Sequence[int]]) -> int:
+    """Bytes of what the optimizer `name` holds from step to step for weights of these shapes."""
+    return sum(_kept(name, shape) for shape in shapes)
+
+
+def _kept(name: str, shape: Sequence[int]) -> int:
+    count = math.prod(shape)
+    if name == "adafactor" and len(shape) > 1:
+        return 4 * (count // shape[-1] + count // shape[-2])
+    if name == "adamw-8bit" and count > WHOLE:
+        return 2 * count + 2 * 4 * math.ceil(count / BLOCK)
+    return 4 * count if name == "adafactor" else 8 * count
 
 
 def check(recipe: Recipe) -> None:

@@ -218,6 +218,11 @@ class Erase(Train):
         "none", description="train the teacher first, on refusals and retain rows half and half"
     )
     steps: int = Field(ge=0, le=MOST, description="distillation steps")
+    optimizer: Literal["adamw", "adafactor", "adamw-8bit", "adamw-paged", "muon"] = Field(  # type: ignore[assignment]
+        "adamw",
+        description="the student's, as in `train`; `muon`: Muon on matrices between embeddings and head, AdamW on the "
+        "rest",
+    )
     lr: float = Field(gt=0, description="learning rate of the student's optimizer")
     temperature: float = Field(1.0, gt=0, description="softens the outputs of teacher and student alike")
     alignment_share: float = Field(

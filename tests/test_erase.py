@@ -22,6 +22,7 @@ from hardener.report import Erased
 
 SMALL = ("erase.steps=6", "erase.batch_size=8", "erase.save_every=2", "erase.stop_at=null")
 UNLEARN = "erase.unlearn={steps: 3, lr: 1.0e-3}"
+MUON = "erase.optimizer=muon"
 
 
 class Stop(Exception):
@@ -265,13 +266,42 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(letters, paths):
         chosen = recipe(paths, f"erase.grad_accumulation={parts}")
         task, streams = small.opened(chosen, letters)
         teacher, student = task.load(letters), erase.fresh(task, 9)
-        distil = erase.Distillation(chosen.erase, teacher)
+        distil = erase.Distillation(chosen.erase, teacher, [])
         outer = loop.Outer(student, task, streams, distil, chosen.erase, Accelerator(cpu=True))
         outer.step = lambda *_, **__: None
         distil.step(outer)
         gradients.append(torch.cat([p.grad.double().flatten() for p in outer.params]))
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-8)
+
+
+def test_muon_moves_the_hidden_matrices_adamw_the_rest_and_each_is_moved_once(letters, paths):
+    chosen = recipe(paths, MUON)
+    task, streams = small.opened(chosen, letters)
+    teacher, student = task.load(letters), erase.fresh(task, 9)
+    before = copy.deepcopy(student)
+    distil = erase.Distillation(chosen.erase, teacher, erase.matrices(teacher, task))
+    outer = loop.Outer(student, task, streams, distil, chosen.erase, Accelerator(cpu=True))
+    names = {id(p): name for name, p in student.named_parameters()}
+    by_muon, by_adamw = (
+        {names[id(p)] for group in outer.optimizers[name].param_groups for p in group["params"]}
+        for name in ("distil matrices", "distil")
+    )
+    assert by_muon == {n for n, p in before.named_parameters() if p.dim() == 2 and ".layers." in n}
+    assert by_muon | by_adamw == set(names.values())
+    assert not by_muon & by_adamw
+    distil.step(outer)
+    moved = {name: (p - before.get_parameter(name)).abs().max().item() for name, p in student.named_parameters()}
+    by_rate = {name for name, step in moved.items() if step == pytest.approx(chosen.erase.lr, rel=1e-3)}
+    assert by_rate == by_adamw  # AdamW's first step moves some weight by just its rate, Muon's none
+    assert all(moved[name] > 0 for name in by_muon)
+
+
+def test_a_model_without_hidden_matrices_has_nothing_for_muon(resnet, image_paths, tmp_path):
+    base = small.recipe(image_paths, name="tiny-sophon-image")
+    chosen = base.model_copy(update={"erase": settings(optimizer="muon")})
+    with pytest.raises(RecipeError, match="muon trains matrices between embeddings and head, here are none"):
+        erased(chosen, resnet, tmp_path)
 
 
 def test_rows_held_back_are_not_distilled_and_all_others_are(letters, paths):
@@ -284,9 +314,9 @@ def test_rows_held_back_are_not_distilled_and_all_others_are(letters, paths):
     assert rest.rows("restricted", "defence") == streams.rows("restricted", "defence")
 
 
-@pytest.mark.parametrize("unlearn", ["erase.unlearn=none", UNLEARN])
-def test_killed_and_resumed_gives_the_same_bits(letters, paths, tmp_path, unlearn):
-    chosen = recipe(paths, unlearn, "erase.schedule=cosine", "erase.modules=located", "erase.share=0.3", RELEARN)
+@pytest.mark.parametrize("more", [("erase.unlearn=none",), (UNLEARN, MUON)])
+def test_killed_and_resumed_gives_the_same_bits(letters, paths, tmp_path, more):
+    chosen = recipe(paths, *more, "erase.schedule=cosine", "erase.modules=located", "erase.share=0.3", RELEARN)
     _, whole, told = erased(chosen, letters, tmp_path / "whole")
     with pytest.raises(Stop):
         erased(chosen, letters, tmp_path / "broken", stop_after=5)
@@ -295,7 +325,7 @@ def test_killed_and_resumed_gives_the_same_bits(letters, paths, tmp_path, unlear
     assert not changed(whole, resumed)
     assert again == told
     assert [point["step"] for point in told.log] == [2, 4, 6]
-    other = recipe(paths, unlearn, "erase.seed=1")
+    other = recipe(paths, *more, "erase.seed=1")
     assert changed(whole, erased(other, letters, tmp_path / "other")[1])
 
 
