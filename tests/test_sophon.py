@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from safetensors.torch import load_file
 from test_defenses import Recorded, close, gradient
 from test_loop import Stop, same, train
 
-from hardener import recipe_file
+from hardener import pipeline, recipe_file
 from hardener.defenses import configs
 from hardener.defenses.sophon_wide import OPTIMIZERS, Adapter
 from hardener.errors import RecipeError
@@ -667,3 +668,30 @@ def test_a_shipped_population_is_wide_and_says_that_it_is_not_the_papers(name):
     assert config.distil > 0
     assert "extension" in recipe.title
     assert config.passes == 42
+
+
+def test_an_erased_classifier_is_defended_from_there_and_held_to_the_parent_it_had(resnet, image_paths, tmp_path, warm):
+    """Noise, then the allowed task distilled, then a population of attackers."""
+    start = "erase={alpha: 1.0, steps: 3, batch_size: 8, lr: 1.0e-3, seed: 5}"
+    settings = {"name": "sophon-wide", "alpha_lr": 1e-12, "inner_steps": [1, 2], "inner_batches": [8], "query_batch": 4}
+    more = (
+        start,
+        f"defense={json.dumps(settings)}",
+        "train.lr=1.0e-12",
+        "train.steps=2",
+        "probe.families=[fresh-head]",
+    )
+    own = [one for one in small.overrides(image_paths, name="tiny-sophon-image") if "defense." not in one]
+    made = pipeline.harden(
+        str(resnet), recipe="tiny-sophon-image", overrides=[*own, *more], output=tmp_path / "run", device="cpu"
+    )
+    assert made.report.training.title.endswith("after noise-then-distil")
+    assert made.report.training.erased.share > 0.5
+    parent, released = (load_file(f / "model.safetensors") for f in (resnet, tmp_path / "run" / "release"))
+    erased = load_file(tmp_path / "run" / "state" / "erased" / "model.safetensors")
+    matrices = [name for name in made.report.training.erased.parameters if parent[name].dim() > 1]
+    assert all((released[name] - erased[name]).abs().max() < 1e-6 for name in matrices)
+    cosine = torch.nn.functional.cosine_similarity
+    assert all(cosine(released[name].flatten(), parent[name].flatten(), dim=0) < 0.9 for name in matrices)
+    log = made.report.training.log
+    assert log[-1]["retain"] - log[-1]["retain alone"] > 1e-4  # κ·KL from the parent, which an erased model is not
