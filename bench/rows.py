@@ -13,49 +13,19 @@ import argparse
 import json
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from hardener.memory import Live
 
 Row = dict[str, Any]
 
 
 def row(what: str, value: float, unit: str, goal: float | None = None, better: str = "lower") -> Row:
     return {"what": what, "value": value, "unit": unit, "goal": goal, "better": better}
-
-
-class Live(TorchDispatchMode):
-    """Bytes of tensor storages that were made inside and live: now, and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, Tensor):
-                self._meet(tensor.untyped_storage())
-        return made
-
-    def _meet(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-
-        def gone(_: object) -> None:
-            self.now -= size
-            self._known.pop(key, None)
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 def clock(device: str = "cpu") -> float:

@@ -4,8 +4,9 @@
 
 Random weights in the shapes of real models, all of them trained. A step makes three passes of two floating-point
 operations per weight and token forward and four backward; time is told per weight and token, beside the smallest model,
-and memory as peak bytes per weight: weights, gradient, two moments, the copy of a look-ahead and its kept gradient are
-24, and activations come on top. `--quick` has an eighth of the widths, two layers, and an eighth of the vocabularies.
+and memory as peak bytes per weight: weights, gradient, two moments, and first the copy of a look-ahead, then the
+gradient that it kept, are 20, and activations come on top. `--quick` has an eighth of the widths, two layers, and an
+eighth of the vocabularies.
 
 Against steps: the last third of a run beside its first, in time and in what is held after it.
 """

@@ -58,8 +58,13 @@ class Plan:
     """Preset and budget, in words."""
     attack_runs: int
     """On all models together; ladders that grow, and families that do not apply to the architecture, not counted."""
-    memory: int
-    """Estimated peak of weights, gradients, optimizer state and look-ahead copies; activations come on top."""
+    hardening_memory: int
+    """Peak of all tensors while weights are hardened, estimated for rows as long as the recipe lets them be; 0 where
+    nothing is hardened."""
+    probe_memory: int
+    """The same for an attacker who trains all weights."""
+    activations: bool
+    """Whether what a pass holds is in both; not where the architecture needs numbers to take one."""
     disk: int
     """What run folder and cache will take, at most."""
     disk_free: int
@@ -104,16 +109,15 @@ def plan(
 
     `place` is the run folder, which need not exist. The device is measured by a fraction of a second of arithmetic.
     """
+    from hardener.memory import needed
+
     target = push_to if isinstance(push_to, Destination) else Destination(push_to)
     lora = recipe.adapter != "none"
-    # weights; and per trainable weight a gradient, two Adam moments, the look-ahead's copy and its kept gradient.
-    # With an adapter those five are adapter-sized; the probe's full fine-tune (4 per weight) is then the peak.
-    # Erasing is a full fine-tune beside its teacher.
-    copies = 6 if recipe.defense and not lora else 4 if recipe.erase == "none" else 5
     runs = [steps for planned in duration.attacks(recipe).values() for steps in planned]
     chosen = _device(device)
     trained = recipe.train or (recipe.erase if recipe.erase != "none" else None)
     dtype = trained.dtype if trained else "float32"
+    peaks = needed(recipe, ref, chosen)
     tokens = duration.tokens_per_row(recipe, ref)
     reached, probed = duration.speed(chosen, dtype), duration.speed(chosen, "float32")
     return Plan(
@@ -134,7 +138,9 @@ def plan(
         passes_per_step=duration.passes(recipe),
         attacks=f"{recipe.probe.preset}: {recipe.probe.steps} steps of {recipe.probe.batch_size} rows per attack",
         attack_runs=len(runs),
-        memory=copies * BYTES * ref.parameters,
+        hardening_memory=peaks.hardening,
+        probe_memory=peaks.probe,
+        activations=peaks.activations,
         disk=2 * ref.bytes + (0 if ref.folder else ref.bytes) + 3 * BYTES * ref.parameters * (0 if lora else 2),
         disk_free=_free(place),
         device=chosen,
@@ -195,7 +201,12 @@ def _told(made: Plan) -> Iterator[tuple[str, str]]:
     each = f" of {made.passes_per_step} passes" if made.passes_per_step else ""
     yield "recipe", made.recipe + steps + each
     yield "attacks", f"{made.attacks}; about {made.attack_runs} attacks"
-    yield "memory", f"about {_bytes(made.memory)}, activations not counted"
+    hardened = f"{_bytes(made.hardening_memory)} to harden, " if made.hardening_memory else ""
+    yield (
+        "memory",
+        f"about {hardened}{_bytes(made.probe_memory)} to attack"
+        + ("" if made.activations else "; activations not counted"),
+    )
     yield "disk", f"about {_bytes(made.disk)} needed, {_bytes(made.disk_free)} free"
     yield "time", expected(made)
     if made.push_to is not None:

@@ -96,5 +96,5 @@ def test_scaling_has_four_sizes_and_what_many_steps_change() -> None:
     for name, bytes_ in zip(scaling.SHAPES, weights, strict=True):
         each = found[f"{name}, peak bytes per weight"]["value"]
         assert each == pytest.approx(found[f"{name}, peak"]["value"] / bytes_)
-        assert each >= 24  # weights, gradient, two moments, a copy and a kept gradient
+        assert each >= 20  # weights, gradient, two moments, and a copy or a kept gradient
     assert found["after step 6 / after the first, bytes held"]["value"] == 1

@@ -86,9 +86,10 @@ MADE = plan.Plan(
     **{"license_link": "https://example.org/" + "terms/" * 12, "gated": "manual", "private": False},
     **{"parameters": 1_235_814_400, "dtype": "bfloat16", "files": 9, "download": 2_480_000_000, "recipe": "ctrap"},
     **{"defense": "ctrap", "outer_steps": 20000, "passes_per_step": 3, "attacks": "standard: 64 steps of 16 rows"},
-    **{"attack_runs": 100, "memory": 20_000_000_000, "disk": 30_000_000_000, "disk_free": 10**12, "device": "cuda"},
+    **{"attack_runs": 100, "hardening_memory": 20_000_000_000, "disk": 30_000_000_000, "disk_free": 10**12, "device": "cuda"},
     **{"hardening_seconds": 1800.0, "probe_seconds": 600.0, "push_to": "me/new", "push_exists": False},
     **{"push_private": False, "push_gated": "manual", "push_writable": True, "push_note": None},
+    **{"probe_memory": 3_000_000_000, "activations": True},
     push_transfer="unknown until it exists",
 )
 
@@ -104,6 +105,9 @@ def test_the_human_form_fits_into_eighty_columns_and_tells_everything() -> None:
         "less where attacks are answered early, more where ladders of rates grow"
     )
     assert told["size"] == "1,235,814,400 parameters, bfloat16; 9 files, 2.48 GB to fetch"
+    assert told["memory"] == "about 20.00 GB to harden, 3.00 GB to attack"
+    less = replace(MADE, hardening_memory=0, activations=False)
+    assert dict(plan.lines(less))["memory"] == "about 3.00 GB to attack; activations not counted"
     assert told["access"] == "public, gated (manual)"
     assert told["push to"] == (
         "me/new: will be created; public, gated (manual); this token may write; transfer: unknown until it exists"

@@ -145,9 +145,11 @@ class CausalLM(Task):
     def targets(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits (N, V) and labels (N,) of the answer tokens."""
         logits = model(**batch.inputs).logits[:, :-1]  # (B, T-1, V): position t predicts token t + 1
-        labels = batch.labels[:, 1:]
-        answer = labels != IGNORED
-        return logits[answer], labels[answer]
+        return self.answered(logits, batch), self.answered(batch.labels[:, 1:], batch)
+
+    def answered(self, values: Tensor, batch: Batch) -> Tensor:
+        """Those of the values (B, T-1, …) that are of an answer token, (N, …)."""
+        return values[batch.labels[:, 1:] != IGNORED]
 
     def mean(self, model: nn.Module, batch: Batch, loss: Callable[..., Tensor], *teachers: nn.Module) -> Tensor:
         """`loss` of logits and labels of the answer tokens; where these are many, logits of some of them at a time."""
@@ -161,14 +163,14 @@ class CausalLM(Task):
                 said = [wide(head(teacher)(states)) for teacher, states in zip(teachers, told, strict=True)]
             return loss(logits, labels, *said)
 
-        labels = batch.labels[:, 1:]
-        return chunked(taught, head(model), self.hidden(model, batch), labels[labels != IGNORED], *told)
+        labels = self.answered(batch.labels[:, 1:], batch)
+        return chunked(taught, head(model), self.hidden(model, batch), labels, *told)
 
     def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return what the head is given where an answer token is to be predicted, (N, H)."""
         with headless(model) as given:
             model(**batch.inputs)
-        return given[0][:, :-1][batch.labels[:, 1:] != IGNORED]
+        return self.answered(given[0][:, :-1], batch)
 
     def headed(self, model: nn.Module, batch: Batch) -> bool:
         """Whether the model has a head that can be applied apart; never where weights are sharded."""
