@@ -273,6 +273,17 @@ def test_without_gradients_it_is_taken_some_rows_at_a_time_as_well(task):
     torch.testing.assert_close(value, losses.cross_entropy(*task.targets(trained, batch)).detach())
 
 
+@pytest.mark.parametrize("score", ["exact-match", "likelihood", "likelihood-gain"])
+def test_rows_are_scored_without_the_logits_of_all(task, score):
+    judged, examples, seen = model(task, "plain").eval(), rows(40), list[int]()
+    judged.get_output_embeddings().register_forward_hook(lambda *made: seen.append(made[-1].shape[:-1].numel()))
+    found = task.score(judged, examples, score)
+    assert max(seen) == ROWS
+    task.separable[judged] = False
+    assert found == pytest.approx(task.score(judged, examples, score), rel=1e-10)
+    assert max(seen) == 40 * 64
+
+
 def test_looking_at_a_model_changes_nothing_in_it(task):
     """An adapter with dropout: it stays in training, and nothing is drawn."""
     made = checkpoint.attach(task.load(task.folder), Lora(r=2, alpha=4, dropout=0.5), task).train()

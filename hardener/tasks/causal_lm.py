@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,6 +172,15 @@ class CausalLM(Task):
             model(**batch.inputs)
         return self.answered(given[0][:, :-1], batch)
 
+    def pieces(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (N, V) and labels (N,) of the answer tokens in order; where these are many, of some at a time."""
+        if batch.targets <= ROWS or not self.headed(model, batch):
+            yield self.targets(model, batch)
+            return
+        labels = self.answered(batch.labels[:, 1:], batch)
+        for states, some in zip(torch.split(self.hidden(model, batch), ROWS), torch.split(labels, ROWS), strict=True):
+            yield head(model)(states), some
+
     def headed(self, model: nn.Module, batch: Batch) -> bool:
         """Whether the model has a head that can be applied apart; never where weights are sharded."""
         if hasattr(next(model.parameters()), "full_tensor"):
@@ -191,16 +200,14 @@ class CausalLM(Task):
         device = next(model.parameters()).device
         scores: list[float] = []
         for part, batch in self.batches(examples):
-            logits, labels = self.targets(model, batch.to(device))
+            found = [token_scores(*piece, score) for piece in self.pieces(model, batch.to(device))]
             rows = torch.repeat_interleave(
                 torch.arange(len(part), device=device), torch.tensor([e.targets for e in part], device=device)
             )
+            total = torch.zeros(len(part), device=device).index_add(0, rows, torch.cat(found))
             if score == "exact-match":
-                wrong = (logits.argmax(-1) != labels).float()
-                scores += (torch.zeros(len(part), device=device).index_add(0, rows, wrong) == 0).float().tolist()
+                scores += (total == 0).float().tolist()
                 continue
-            nll = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-            total = torch.zeros(len(part), device=device).index_add(0, rows, nll)
             mean = total / torch.tensor([e.targets for e in part], device=device)
             scores += (torch.exp(-mean) if score == "likelihood" else mean).tolist()
         return scores
@@ -248,6 +255,13 @@ class Answer:
     text: str
     ended: bool
     """Whether it came to its end within the tokens it was given."""
+
+
+def token_scores(logits: Tensor, labels: Tensor, score: str) -> Tensor:
+    """Of each answer token, (N,): 1 where it is not the most likely one (`exact-match`), or its NLL in nats."""
+    if score == "exact-match":
+        return (logits.argmax(-1) != labels).float()
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def head(model: nn.Module) -> nn.Module:
