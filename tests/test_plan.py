@@ -86,10 +86,10 @@ MADE = plan.Plan(
     **{"license_link": "https://example.org/" + "terms/" * 12, "gated": "manual", "private": False},
     **{"parameters": 1_235_814_400, "dtype": "bfloat16", "files": 9, "download": 2_480_000_000, "recipe": "ctrap"},
     **{"defense": "ctrap", "outer_steps": 20000, "passes_per_step": 3, "attacks": "standard: 64 steps of 16 rows"},
-    **{"attack_runs": 100, "hardening_memory": 20_000_000_000, "disk": 30_000_000_000, "disk_free": 10**12, "device": "cuda"},
+    **{"attack_runs": 100, "disk": 30_000_000_000, "disk_free": 10**12, "device": "cuda"},
     **{"hardening_seconds": 1800.0, "probe_seconds": 600.0, "push_to": "me/new", "push_exists": False},
     **{"push_private": False, "push_gated": "manual", "push_writable": True, "push_note": None},
-    **{"probe_memory": 3_000_000_000, "activations": True},
+    **{"hardening_memory": 20_000_000_000, "probe_memory": 3_000_000_000, "activations": True},
     push_transfer="unknown until it exists",
 )
 
