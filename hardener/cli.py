@@ -165,12 +165,13 @@ def harden(
         "push_anyway": push_anyway,
     }
     machine = {name: value for name, value in (("flavor", flavor), ("timeout", timeout)) if value is not None}
-    if on is not None:
-        _as_job(model, {**asked, **machine}, dry_run, format, narrator)
-    if machine:
-        raise UsageError("--flavor and --timeout are those of a Job; add --on hf-jobs, or leave them out")
     if shard and world.size == num_processes == 1:
         raise UsageError("--shard spreads weights over several processes; add --num-processes, or leave it out")
+    if on is not None:
+        there = {"num_processes": num_processes, "shard": shard}
+        _as_job(model, {**asked, **machine, **there}, dry_run, format, narrator)
+    if machine:
+        raise UsageError("--flavor and --timeout are those of a Job; add --on hf-jobs, or leave them out")
     if num_processes > 1 and world.size == 1 and not dry_run:
         raise typer.Exit(processes.launch(num_processes, [*sys.argv[1:], "--yes"]))
     world.shard = world.size > 1 and (shard or world.shard)

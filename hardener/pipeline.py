@@ -79,7 +79,7 @@ def harden(
     The result is in `output` (a new folder; `runs/NAME-RECIPE` if left out). With `resume`, the folder of an
     earlier run, everything else comes from there. With `from_report`, a release (folder or Hub id) or its
     report.json, model, commit and recipe come from there; a parent that was a local folder is named by `model`.
-    The other processes of `world` take part where weights change, and write nothing.
+    The other processes of `world` take part where weights change or are attacked; the run folder is the first one's.
     Raises children of HardenerError; their `exit_code` is what the command line ends with.
     """
     say = narrator or Narrator(silent=True)
@@ -212,18 +212,24 @@ def _line(
     run.guard(stages.fingerprint(recipe, folder, bench))
     chosen = stages.choose_families(bench, folder)
 
-    say.stage("Attacking the original")
-    original = stages.before("original", bench, folder, chosen, run, say)
-    scratch = None if bench.task.generative else stages.before("scratch", bench, folder, chosen, run, say)
-
     job = {"recipe": recipe_file.dump(recipe), "folder": str(folder), "device": asked["device"]}
     job |= {"model": asked["model"], "commit": ref.commit}
+
+    def order(what: str, **how: Any) -> World:
+        return world.order(what, **job, **how)
+
+    attack = ALONE.order if world.shard else order  # weights that were spread over all may not fit into each
+
+    say.stage("Attacking the original")
+    original = stages.before("original", bench, folder, chosen, run, say, attack)
+    scratch = None if bench.task.generative else stages.before("scratch", bench, folder, chosen, run, say, attack)
+
     erased = None
     if recipe.erase != "none":
         say.stage("Erasing the restricted capability")
         erased = run.stage(
             "erase",
-            lambda: stages.erased(recipe, bench, folder, run, say, world.order("erase", **job)),
+            lambda: stages.erased(recipe, bench, folder, run, say, order("erase")),
             Erased.model_validate,
             lambda e: e.model_dump(mode="json"),
         )
@@ -231,15 +237,13 @@ def _line(
     say.stage(f"Hardening with {recipe.name}")
     training = run.stage(
         "harden",
-        lambda: stages.harden(
-            recipe, bench, folder, run, say, erased, world.order("harden", **job, erased=_plain(erased))
-        ),
+        lambda: stages.harden(recipe, bench, folder, run, say, erased, order("harden", erased=_plain(erased))),
         Training.model_validate,
         lambda t: t.model_dump(mode="json"),
     )
 
     say.stage("Attacking the release")
-    hardened = stages.after(bench, run.release, folder, original, chosen, run, say)
+    hardened = stages.after(bench, run.release, folder, original, chosen, run, say, attack)
     stages.picture(bench, folder, run.release, run)
 
     say.stage("Writing report and card")

@@ -177,6 +177,18 @@ def test_several_processes_compute_over_there_where_they_were_asked_for(
     assert many[-2:] == ["--", "org/model"]
 
 
+def test_the_command_line_hands_the_number_of_processes_to_the_job(service: Service, tmp_path: Path) -> None:
+    asked = ("--on", "hf-jobs", "--push-to", "org/x", "--flavor", "a10g-largex4", "--dry-run")
+    ran = hardener(service, tmp_path, *asked, "--num-processes", "4", "--shard")
+    assert ran.returncode == 0, ran.stderr
+    command = json.loads(ran.stdout)["command"]
+    assert "--num-processes=4" in command
+    assert "--shard" in command
+    alone = hardener(service, tmp_path, *asked, "--shard")
+    assert alone.returncode == 2
+    assert "add --num-processes" in alone.stderr
+
+
 def test_every_argument_of_a_hardening_is_known_to_a_job() -> None:
     import inspect
 

@@ -295,6 +295,45 @@ def test_a_killed_process_ends_the_run_with_exit_5_and_a_whole_state(runs, lette
     assert any(_read(state) for state in States(output / "state").all())
 
 
+ATTACKS = ("probe.rates={full: [1.0e-3, 3.0e-3], lora: [1.0e-3, 3.0e-3], mixed: [1.0e-3], benign: [1.0e-3]}",)
+
+
+def attacks(output: Path, subject: str) -> list[Path]:
+    return sorted((output / "probe" / "runs" / subject).glob("*.json"))
+
+
+@pytest.mark.slow
+def test_a_process_killed_as_it_attacks_ends_the_run_with_exit_5_and_resumed_it_releases_the_same(
+    runs, letters, paths, tmp_path
+):
+    def start(name: str, *words: object) -> subprocess.Popen[str]:
+        cache = str(tmp_path / f"{name}-cache")
+        return runs.start(*small.command(*words), "--num-processes", 2, HARDENER_CACHE=cache, SOURCE_DATE_EPOCH="0")
+
+    whole, output = tmp_path / "whole" / "run", tmp_path / "broken" / "run"
+    straight = start("whole", *harden(letters, paths, whole, *ATTACKS))
+    told = straight.communicate(timeout=300)[1]
+    assert straight.returncode == 4, told
+    assert "made by process 1" in told
+    go_on = ["harden", "--resume", output]
+    for subject, words in (("original", harden(letters, paths, output, *ATTACKS)), ("hardened", go_on)):
+        process = start("broken", *words)
+        soon(lambda subject=subject: attacks(output, subject), process)
+        os.kill(of_rank(process.pid, 1)[0], signal.SIGKILL)
+        told = process.communicate(timeout=90)[1]
+        assert process.returncode == 5, told
+        assert "process 1 of 2 was lost (SIGKILL)" in told
+        assert len(attacks(output, subject)) < len(attacks(whole, subject))
+    resumed = start("broken", *go_on)
+    told = resumed.communicate(timeout=300)[1]
+    assert resumed.returncode == 4, told
+    for subject in ("original", "hardened"):
+        assert [path.read_bytes() for path in attacks(output, subject)] == [
+            path.read_bytes() for path in attacks(whole, subject)
+        ]
+    assert (output / "release" / "SHA256SUMS").read_text() == (whole / "release" / "SHA256SUMS").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [(), ("--shard",)], ids=WAYS)
 def test_a_run_of_two_processes_releases_what_a_run_of_one_does(runs, letters, paths, tmp_path, shard):
