@@ -173,13 +173,6 @@ class Outer:
             batch = self.task.collate(part).to(self.accelerator.device)
             yield batch, counts * batch.targets / total
 
-    def told(self, model: nn.Module, examples: Sequence[Example]) -> Iterator[Tensor]:
-        """The logits (N, C) of another model for each micro-batch, in the order in which `gradient` takes them."""
-        for batch, _ in self.micro_batches(examples):
-            with torch.inference_mode(), self.autocast():
-                logits, _ = self.task.targets(model, batch)
-            yield logits.clone()  # a tensor made in inference mode cannot be saved for a backward pass
-
     def simulated_attack(self, attacker: Attacker, same_noise: bool = False) -> AbstractContextManager[There]:
         """The look-ahead from the present weights, with the copy of them where the recipe wants it."""
         return simulated_attack(self.model, attacker, same_noise, host=self.train.snapshot == "host")
