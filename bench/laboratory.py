@@ -84,7 +84,7 @@ ARMS: dict[str, tuple[str | Erasing, ...]] = {
 """Arm → what it overrides in the bed's recipe. Two controls have the same rows, steps and rate: `sft` without a trap,
 `random` with a trap along a random direction of the same length."""
 NEVER = "never"
-ASKED_FOR = "full, lora, relative, mixed, mixed-90, benign-loss, kl, harm-then-repair"
+ASKED_FOR = "full, lora, relative, mixed, mixed-90, mixed-muon, benign-loss, kl, harm-then-repair"
 PROBES: dict[str, tuple[str, ...]] = {
     "quick": ("probe.preset=quick",),
     "standard": ("probe.preset=standard", f"probe.families=[{ASKED_FOR}]"),

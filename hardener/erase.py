@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from hardener import loop
 from hardener.data import Streams
@@ -35,6 +35,7 @@ from hardener.group import ALONE, Group
 from hardener.lookahead import Objective, simulated_attack
 from hardener.loop import LOGGED, Outer, Sampler
 from hardener.losses import cross_entropy, distillation
+from hardener.muon import Muon
 from hardener.optimizers import made, whole
 from hardener.recipe import Erase, ShortTraining, Train
 from hardener.report import Erased
@@ -73,8 +74,8 @@ def run(
         unlearn(erase, erase.unlearn, teacher, task, rest, device, States(folder / "unlearn"), group)
     student = copy.deepcopy(teacher)
     mix(student, fresh(task, erase.seed), names, erase.alpha, erase.beta)
-    distil = Distillation(erase, teacher, matrices(teacher, task))
-    outer, log = distil.run(student, task, rest, held, device, States(folder / "distil"), tell, group)
+    distil = Distillation(erase, teacher, student)
+    outer, log = distil.run(task, rest, held, device, States(folder / "distil"), tell, group)
     student.eval()
     rows, tokens = cost(outer)
     return student, Erased(
@@ -97,16 +98,15 @@ def run(
 
 
 class Distillation:
-    """The student learns what the teacher answers; to the loop, a defence. `hidden` are names for Muon."""
+    """The student learns what the teacher answers; to the loop, a defence."""
 
-    def __init__(self, erase: Erase, teacher: nn.Module, hidden: Collection[str]) -> None:
+    def __init__(self, erase: Erase, teacher: nn.Module, student: nn.Module) -> None:
         self.erase = erase
         self.teacher = teacher
-        self.hidden = hidden
+        self.student = student
 
     def run(
         self,
-        student: nn.Module,
         task: Task,
         streams: Streams,
         held: Sequence[Example],
@@ -119,7 +119,7 @@ class Distillation:
 
         The log has a point per state, with `gap`, the student's loss on the rows `held` minus the teacher's.
         """
-        erase = self.erase
+        erase, student = self.erase, self.student
         if erase.checkpointing:
             student.gradient_checkpointing_enable()  # type: ignore[operator]
         outer = Outer(student.train(), task, streams, self, erase, Accelerator(cpu=device == "cpu"), group)
@@ -142,23 +142,11 @@ class Distillation:
         return self.erase.stop_at is not None and bool(log) and log[-1]["gap"] <= self.erase.stop_at
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
-        """The recipe's over all weights, or Muon over the hidden matrices and AdamW over the others.
-
-        Raises RecipeError where there is nothing for Muon, UsageError where weights are sharded.
-        """
+        """The recipe's, over all weights. Raises UsageError where weights are sharded and it knows no shards."""
         if self.erase.optimizer != "muon":
             return {"distil": made(self.erase, params)}
         whole("muon", params)
-        if not self.hidden:
-            raise RecipeError("erase.optimizer: muon trains matrices between embeddings and head, here are none")
-        names = [name for name, _ in self.teacher.named_parameters()]
-        inside, others = (
-            [p for name, p in zip(names, params, strict=True) if (name in self.hidden) == wanted]
-            for wanted in (True, False)
-        )
-        lr, decay = self.erase.lr, self.erase.weight_decay
-        muon = Muon(inside, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")  # so one rate serves both
-        return {"distil": AdamW(others, lr=lr, weight_decay=decay), "distil matrices": muon}
+        return {"distil": Muon(self.student, self.erase.lr, self.erase.weight_decay)}
 
     def step(self, outer: Outer) -> dict[str, float]:
         """One step of distillation; returns `kl`, nats per target."""
@@ -167,7 +155,7 @@ class Distillation:
         rows = outer.draw("retain", n - refusals) + (outer.draw("alignment", refusals) if refusals else [])
         log: dict[str, float] = {}
         outer.gradient(distillation(self.erase.temperature), rows, log, "kl", teachers=[self.teacher])()
-        outer.step(*outer.optimizers, clip=self.erase.clip)
+        outer.step("distil", clip=self.erase.clip)
         return log
 
 
@@ -261,11 +249,6 @@ def between(model: nn.Module, task: Task) -> list[str]:
         for name, p in model.named_parameters()
         if id(p) not in outside and name not in heads and "embed" not in name
     ]
-
-
-def matrices(model: nn.Module, task: Task) -> list[str]:
-    """Names of the matrices that neither embed the input nor are the head."""
-    return [name for name in between(model, task) if model.get_parameter(name).dim() == 2]
 
 
 def carried(erase: Erase, relearn: ShortTraining, model: nn.Module, task: Task, streams: Streams) -> dict[str, float]:

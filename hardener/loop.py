@@ -187,8 +187,8 @@ class Outer:
         """L2 norm of `.grad` over all trainable parameters. Raises DivergedError if it is not finite."""
         return global_norm(p.grad for p in self.params)
 
-    def step(self, *names: str, clip: float | None) -> float:
-        """One step of the optimizers `names` on `.grad`, clipped to a global norm; gradients are cleared.
+    def step(self, name: str, clip: float | None) -> float:
+        """One step of the optimizer `name` on `.grad`, clipped to a global norm; gradients are cleared.
 
         Returns what clipping multiplied the gradient by: 1 is untouched.
         """
@@ -198,8 +198,7 @@ class Outer:
         self.moved = True
         if clip is not None and norm + 1e-6 > clip:  # else all would be multiplied by 1
             clip_grads_with_norm_(self.params, clip, torch.tensor(norm))
-        for name in names:
-            self.optimizers[name].step()
+        self.optimizers[name].step()
         for p in self.params:
             p.grad = None
         return 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))

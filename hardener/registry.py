@@ -34,6 +34,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "canonical": "hardener.attacks.families:CANONICAL",
         "mixed": "hardener.attacks.families:MIXED",
         "mixed-90": "hardener.attacks.families:MIXED_90",
+        "mixed-muon": "hardener.attacks.families:MIXED_MUON",
         "benign-loss": "hardener.attacks.families:BENIGN_LOSS",
         "kl": "hardener.attacks.families:KL",
         "warm-up-cosine": "hardener.attacks.families:COSINE",

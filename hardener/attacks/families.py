@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Optimizer = Literal["adamw", "adamw-0.01", "sgd", "adagrad", "adadelta", "relative"]
+Optimizer = Literal["adamw", "adamw-0.01", "sgd", "adagrad", "adadelta", "muon", "relative"]
 Scope = Literal["all", "lora", "head"]
 Objective = Literal["answers", "benign-loss", "kl", "dpo"]
 Edit = Literal["canonical", "kicked", "healed", "rescaled", "ablated", "pruned", "rounded", "merged", "delta-removed"]
@@ -103,6 +103,14 @@ CANONICAL = Family("canonical", "re-scalings folded out, then full", True, follo
 MIXED = Family("mixed", "half benign rows mixed in", True, follows="full", phases=(Phase(0.5),), diffusion=True)
 MIXED_90 = Family(
     "mixed-90", "nine tenths benign rows mixed in", True, follows="full", phases=(Phase(0.1),), diffusion=True
+)
+MIXED_MUON = Family(
+    "mixed-muon",
+    "half benign rows mixed in, Muon",
+    True,
+    rates=(1e-3, 3e-3, 1e-2),
+    optimizer="muon",
+    phases=(Phase(0.5),),
 )
 BENIGN_LOSS = Family(
     "benign-loss", "benign loss added", True, follows="full", phases=(Phase(0.5),), objective="benign-loss"

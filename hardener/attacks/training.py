@@ -15,27 +15,33 @@ from hardener.attacks.attack import Attack
 from hardener.attacks.families import Kind, Objective
 from hardener.attacks.mixture import Row
 from hardener.attacks.relative import RelativeStep
+from hardener.muon import Muon
 from hardener.tasks.base import Example, Task
 
 WARM_UP = 0.1
 """Share of the steps of a cosine schedule in which the rate rises."""
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.0),
-    "adamw-0.01": lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.01),
-    "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
-    "adagrad": torch.optim.Adagrad,
-    "adadelta": torch.optim.Adadelta,
-    "relative": RelativeStep,
+OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
+    "adamw": lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0),
+    "adamw-0.01": lambda model, lr: torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.01),
+    "sgd": lambda model, lr: torch.optim.SGD(trainable(model), lr=lr, momentum=0.9),
+    "adagrad": lambda model, lr: torch.optim.Adagrad(trainable(model), lr=lr),
+    "adadelta": lambda model, lr: torch.optim.Adadelta(trainable(model), lr=lr),
+    "muon": Muon,
+    "relative": lambda model, lr: RelativeStep(trainable(model), lr=lr),
 }
 """All without decay, where Adam and AdamW are one, but for the one that names it."""
 
 
 def optimizer(model: nn.Module, attack: Attack) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """The family's optimizer over all trainable parameters, with its schedule."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    made = OPTIMIZERS[attack.family.optimizer](params, lr=attack.rate)
+    made = OPTIMIZERS[attack.family.optimizer](model, attack.rate)
     factor = cosine(attack.length) if attack.family.schedule == "cosine" else lambda step: 1.0
     return made, torch.optim.lr_scheduler.LambdaLR(made, factor)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that have gradients."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def cosine(steps: int) -> Callable[[int], float]:
