@@ -62,7 +62,7 @@ class Erasing:
 EVERYWHERE = Erasing("alpha: 0.95")
 LONGER = Erasing("alpha: 0.95", share=0.356, batch=64)
 THERE = Erasing(LOCATED)
-ANEW = Erasing("alpha: 1.0, modules: ['*'], optimizer: muon, temperature: 2.0", batch=12, lr=4.0e-3)
+ANEW = Erasing("alpha: 1.0, modules: ['*'], optimizer: muon", batch=12, lr=3.0e-3)
 ARMS: dict[str, tuple[str | Erasing, ...]] = {
     "sft": ("defense.lam=0.0",),
     "random": ("defense.direction=random",),
