@@ -52,7 +52,7 @@ WAYS: dict[str, Erasing] = {
     "located, α 1": Erasing(LOCATED),
     "located, α 1, 5%": Erasing(LOCATED, 0.05),
     "all, α 1, Muon": replace(ANEW, how=ANEW.how.replace("modules: ['*'], ", "")),
-    "anew, AdamW": replace(ANEW, how=ANEW.how.replace("optimizer: muon, ", ""), lr=2.0e-3),
+    "anew, AdamW": replace(ANEW, how=ANEW.how.replace(", optimizer: muon", ""), lr=2.0e-3),
     "anew, Muon": ANEW,
     "anew, Muon, 5%": replace(ANEW, share=0.05),
 }
