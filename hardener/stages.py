@@ -23,7 +23,7 @@ from hardener.bench import Bench, able, cache_path, cached, with_norm_ratio
 from hardener.checks import BUDGET_FACTOR, NO_ATTACK
 from hardener.console import Narrator, values
 from hardener.crew import crew
-from hardener.errors import RecipeError, UsageError
+from hardener.errors import RecipeError, RunError, UsageError
 from hardener.group import joined, mirrored
 from hardener.judges import Classifier, Panel
 from hardener.measurement import Measurement, Subject
@@ -36,7 +36,7 @@ from hardener.run import RunFolder
 from hardener.state import States
 from hardener.tasks.base import Task
 
-ERASED = "model.safetensors"
+ERASED, HASH = "model.safetensors", "sha256"
 NOT_TRIED = (
     "reinforcement learning, distillation into another model, and attacks on embeddings or latent states",
     "prompts that are searched for (jailbreaks), and prompts of more than eight examples",
@@ -206,14 +206,29 @@ def probed(
 
 def erased(recipe: Recipe, bench: Bench, folder: Path, run: RunFolder, say: Narrator, world: World = ALONE) -> Erased:
     """Take the restricted capability out of the weights, and keep them in the run folder for `harden`."""
-    from safetensors.torch import save_model
-
     student, done = distilled(recipe, bench, folder, run.state / "erase", say, world)
-    with files.new_folder(run.state / "erased") as new:
-        save_model(student.cpu(), str(new / ERASED))
+    keep(student, run.state / "erased")
     nats = f"{done.loss_student:.3f} nats on held-back retain rows, the teacher {done.loss_teacher:.3f}"
     say.note(f"{done.share:.0%} of the weights noised, {done.steps} of {done.planned} steps distilled: {nats}")
     return done
+
+
+def keep(student: nn.Module, folder: Path) -> None:
+    """Write the erased weights, with their hash beside them."""
+    from safetensors.torch import save_model
+
+    with files.new_folder(folder) as new:
+        save_model(student.cpu(), str(new / ERASED))
+        files.write_text(new / HASH, files.sha256(new / ERASED))
+
+
+def take(model: nn.Module, folder: Path) -> None:
+    """Load what `keep` wrote. Raises RunError if it has changed since."""
+    from safetensors.torch import load_model
+
+    if files.sha256(folder / ERASED) != (folder / HASH).read_text("utf-8"):
+        raise RunError(f"{folder / ERASED} is damaged (it does not agree with its own hash); start a new run")
+    load_model(model, folder / ERASED)
 
 
 def distilled(
@@ -246,9 +261,7 @@ def harden(
     """Run the defence, on the erased weights if there are some, and save the drop-in release."""
     model = bench.task.load(folder)
     if erased is not None:
-        from safetensors.torch import load_model
-
-        load_model(model, run.state / "erased" / ERASED)
+        take(model, run.state / "erased")
         shutil.rmtree(run.state / "erase", ignore_errors=True)  # the states of a stage that has ended
     model, training = defended(recipe, bench, folder, model, run.state, say, erased, world)
     saved = checkpoint.save(checkpoint.merged(model).cpu(), folder, run.release)

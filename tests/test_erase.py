@@ -13,10 +13,10 @@ import tiny
 import torch
 from accelerate import Accelerator
 
-from hardener import card, checkpoint, demo, erase, loop, losses, pipeline, recipe_file
+from hardener import card, checkpoint, demo, erase, loop, losses, pipeline, recipe_file, stages
 from hardener import report as reports
 from hardener.console import quiet
-from hardener.errors import RecipeError
+from hardener.errors import RecipeError, RunError
 from hardener.recipe import Erase
 from hardener.report import Erased
 
@@ -474,6 +474,19 @@ def test_a_defence_starts_from_the_erased_weights(letters, paths, tmp_path, warm
     released = task.load(tmp_path / "run" / "release")
     for name, p in student.named_parameters():
         torch.testing.assert_close(released.get_parameter(name), p.detach(), rtol=0, atol=1e-6)
+
+
+def test_erased_weights_that_changed_while_they_waited_are_refused(tmp_path):
+    student, folder = torch.nn.Linear(2, 2), tmp_path / "erased"
+    stages.keep(student, folder)
+    again = torch.nn.Linear(2, 2)
+    stages.take(again, folder)
+    assert torch.equal(again.weight, student.weight)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(RunError, match="is damaged"):
+        stages.take(again, folder)
 
 
 # --- the recipe -------------------------------------------------------------------------------------------
