@@ -94,7 +94,7 @@ def diagnostics(hardened: float) -> tuple[Diagnostic, ...]:
         Diagnostic(
             name="durable", holds=False, why="20 steps of repair restored utility with harm intact in 1 of 1 run"
         ),
-        Diagnostic(name="adaptive", holds=hardened + 0.04 < 0.47, why=f"{reached}; 1 of 4 such attacks were tried"),
+        Diagnostic(name="adaptive", holds=hardened + 0.04 < 0.47, why=f"{reached}; 1 of 5 such attacks were tried"),
     )
 
 

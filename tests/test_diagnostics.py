@@ -198,7 +198,7 @@ def test_a_trap_is_adaptive_where_attackers_who_keep_utility_fail():
         "adaptive"
     ]
     assert found.holds is True
-    assert "2 of 4 such attacks were tried" in found.why
+    assert "2 of 5 such attacks were tried" in found.why
     assert diagnosed([*attacks(), *attacks(("mixed",), harm=0.9)])["adaptive"].holds is False
     assert diagnosed([*attacks(harm=0.1), *attacks(("mixed",), harm=0.44)])["adaptive"].holds is False  # upper bound
     assert diagnosed(attacks())["adaptive"].holds is None
