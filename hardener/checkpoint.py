@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def attach(model: nn.Module, lora: Lora, task: Task) -> nn.Module:
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     try:
-        return get_peft_model(model, config)  # type: ignore[no-any-return]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks by the old name
+            return get_peft_model(model, config)  # type: ignore[no-any-return]
     except ValueError as error:
         raise UnsupportedModelError(f"adapter.target_modules: {error}") from error
 

@@ -13,9 +13,6 @@ from torch import Tensor
 from bench import probe_cost, rows, scaling, startup
 from bench.rows import Row
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-"""peft asks by an old name."""
-
 
 def whole(found: list[Row]) -> dict[str, Row]:
     """The rows by name, each of which is complete."""

@@ -20,8 +20,6 @@ from hardener.recipe import Lora
 from hardener.tasks.base import Example
 from hardener.tasks.causal_lm import CausalLM
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-"""peft asks by an old name."""
 LOSSES = {
     "cross-entropy": losses.cross_entropy,
     "collapse": losses.collapse(3),

@@ -22,9 +22,6 @@ from hardener.lookahead import NormalisedStep, simulated_attack
 from hardener.losses import collapse, cross_entropy
 from hardener.recipe import Lora
 
-PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-"""peft asks by an old name."""
-
 
 def gradient(task, model: nn.Module, loss, examples) -> list[torch.Tensor]:
     """The gradient of the mean loss over all answer tokens, plainly."""
@@ -517,7 +514,6 @@ def test_a_warm_attacker_has_its_moments_and_a_fresh_one_has_none(double, state,
     assert attacker.param_groups[0]["lr"] == pytest.approx(1e-2)
 
 
-@PEFT
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj")])
 def test_a_simulated_lora_goes_where_pefts_goes(double, targets):
     """Merged weights after three AdamW steps of the factors, from the same A."""
@@ -566,7 +562,6 @@ def test_through_a_simulated_lora_the_gradient_kept_is_that_of_the_base_weights_
     close(seen.gradients["outer"], [k + t for k, t in zip(keep, trap, strict=True)], 1e-6)
 
 
-@PEFT
 def test_a_simulated_lora_needs_trainable_linear_weights(letters, paths):
     recipe = small.recipe(
         paths, "defense=" + json.dumps({"name": "ctrap-rollout", "inner_adapter": {"r": 2, "alpha": 4}})

@@ -16,8 +16,6 @@ from hardener import hub
 from hardener.lookahead import simulated_attack
 from hardener.memory import needed
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-"""peft asks by an old name."""
 SIZE = Size(hidden=1024, layers=4, vocabulary=8192, rows=8, length=512, walks=(), repeats=1)
 TINY = gpu.Model(
     "tiny",

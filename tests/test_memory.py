@@ -12,8 +12,6 @@ from bench.step_cost import Bed, Size
 from hardener import hub, memory, optimizers, recipe_file
 from hardener.metadata import ModelRef
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-"""peft asks by an old name."""
 SIZE = Size(hidden=64, layers=2, vocabulary=2048, rows=4, length=160, walks=(), repeats=1)
 CTRAP = bench.DEFENSES["ctrap"]
 
