@@ -72,5 +72,5 @@ def test_the_matrices_of_gpt_2_are_found_though_they_are_no_linear_layers():
 
 
 def test_where_there_is_no_matrix_it_says_so():
-    with pytest.raises(RecipeError, match="this model has none: adamw"):
+    with pytest.raises(RecipeError, match="this model has none; take adamw"):
         Muon(nn.Sequential(nn.Conv2d(3, 4, 3)), RATE)
