@@ -124,7 +124,7 @@ def is_worth_nothing(evidence: Evidence) -> None:
 
 
 def is_itself(evidence: Evidence) -> None:
-    """Equal weights, equally attacked: nothing differs, in any family but one whose schedule lasts as long as it may."""
+    """Equal weights, equally attacked: nothing differs, in any family but one whose schedule is stretched."""
     is_worth_nothing(evidence)
     m = evidence.measures
     assert m.delta_w.low <= 0 <= m.delta_w.high, show(evidence)
