@@ -36,7 +36,7 @@ from hardener.lookahead import Objective, simulated_attack
 from hardener.loop import LOGGED, Outer, Sampler
 from hardener.losses import cross_entropy, distillation
 from hardener.muon import Muon
-from hardener.optimizers import made, whole
+from hardener.optimizers import made
 from hardener.recipe import Erase, ShortTraining, Train
 from hardener.report import Erased
 from hardener.state import States
@@ -142,10 +142,9 @@ class Distillation:
         return self.erase.stop_at is not None and bool(log) and log[-1]["gap"] <= self.erase.stop_at
 
     def optimizers(self, params: list[nn.Parameter]) -> dict[str, Optimizer]:
-        """The recipe's, over all weights. Raises UsageError where weights are sharded and it knows no shards."""
+        """The recipe's, over all weights, which are never sharded here. Raises RecipeError where Muon has no matrix."""
         if self.erase.optimizer != "muon":
             return {"distil": made(self.erase, params)}
-        whole("muon", params)
         return {"distil": Muon(self.student, self.erase.lr, self.erase.weight_decay)}
 
     def step(self, outer: Outer) -> dict[str, float]:

@@ -38,19 +38,13 @@ def made(train: Train, params: list[nn.Parameter]) -> Optimizer:
     Raises UsageError where its package is missing, or where weights are sharded and it knows no shards.
     """
     installed("train.optimizer", train.optimizer)
-    if train.optimizer != "adamw":
-        whole(train.optimizer, params)
+    if train.optimizer != "adamw" and any(hasattr(p, "full_tensor") for p in params):
+        raise UsageError(f"train.optimizer: sharded weights are trained by adamw, not by {train.optimizer}")
     return MAKE[train.optimizer](params, lr=train.lr, weight_decay=train.weight_decay)
 
 
-def whole(name: str, params: list[nn.Parameter]) -> None:
-    """Raise UsageError where weights are sharded: the optimizer `name` knows no shards."""
-    if any(hasattr(p, "full_tensor") for p in params):
-        raise UsageError(f"train.optimizer: sharded weights are trained by adamw, not by {name}")
-
-
 def kept(name: str, shapes: Sequence[Sequence[int]]) -> int:
-    """Bytes of what the optimizer `name` holds from step to step for weights of these shapes."""
+    """Bytes of what the optimizer `name` holds from step to step for weights of these shapes; Muon at most AdamW's."""
     return sum(_kept(name, shape) for shape in shapes)
 
 
